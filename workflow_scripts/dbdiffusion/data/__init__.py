@@ -1,0 +1,1 @@
+"""From a count matrix to clean cells, moments and splits."""

@@ -1,0 +1,1 @@
+"""Publication figures, one module each."""

@@ -1,0 +1,1 @@
+"""Autoencoder and latent diffusion: training, checkpoints and sampling."""

@@ -1,0 +1,1 @@
+"""Debiased estimates, their errors, tests, calls and calibration."""

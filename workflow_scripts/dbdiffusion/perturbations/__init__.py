@@ -1,0 +1,1 @@
+"""Effect sizes, embeddings, clusters, gene features and locations of perturbations."""

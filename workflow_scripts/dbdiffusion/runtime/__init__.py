@@ -1,0 +1,1 @@
+"""What every stage needs: errors, tables, files, logs, seeds, devices, provenance."""

@@ -1,0 +1,176 @@
+"""All tabular contracts of the workflow: the files between its stages, column by column."""
+
+from __future__ import annotations
+
+from dbdiffusion.runtime.tables import Column as C
+from dbdiffusion.runtime.tables import Table
+
+LOG_UNIT = "ln(1 + counts per 10,000)"
+ROLES = ("target", "pseudo", "train", "control")
+CALLS = ("up", "down", "none", "no_call")
+
+EFFECTS = Table(
+    "effects",
+    "Mean expression and effect size of the training perturbations of a fold and of the control. No held-out cell enters.",
+    [
+        C("perturbation", "str", "", "perturbation; `control` rows carry the control's own mean"),
+        C("gene", "str", "", "gene symbol of the fold's panel"),
+        C("mean", "float", LOG_UNIT, "mean expression, on the control's batch composition (control mean + effect)"),
+        C("effect", "float", LOG_UNIT, "difference to the batch-matched control mean"),
+        C("se", "float", LOG_UNIT, "standard error of the effect, cells as unit, control's error included"),
+        C("variance", "float", LOG_UNIT + " squared", "variance between the cells of the perturbation"),
+        C("n_cells", "int", "cells", "cells of the perturbation"),
+    ],
+    ("perturbation", "gene"),
+)
+
+LOCATIONS = Table(
+    "locations",
+    "Weights of every target and pseudo-target over training perturbations (itself excluded). A query that cannot be located has one row "
+    "with an empty neighbour and weight 0.",
+    [
+        C("fit", "str", "", "`all`: for debiasing (pseudo-targets are located without their own cells); `0`, `1`, ...: inside that cross-fit model"),
+        C("query", "str", "", "perturbation that is located"),
+        C("role", "str", "", "target (held out or never measured) or pseudo (training perturbation treated as unmeasured)", choices=("target", "pseudo")),
+        C("neighbour", "str", "", "training perturbation, or `control` in additive locations"),
+        C("weight", "float", "", "weight of the neighbour; weights of a query sum to 1"),
+        C("k_eff", "float", "perturbations", "effective number of neighbours, 1 / sum of squared weights"),
+        C("confidence", "float", "0-1", "location confidence"),
+        C("kind", "str", "", "single, additive (sum of located parts) or measured", choices=("single", "additive")),
+        C("parts_measured", "int", "", "number of parts of a combination that are measured singles; 0 for singles"),
+        C("status", "str", "", "located or not_locatable", choices=("located", "not_locatable")),
+        C("reason", "str", "", "why a query is not locatable, else empty"),
+        C("locator", "str", "", "locator and feature sources that were used"),
+    ],
+    ("fit", "query", "neighbour"),
+)
+
+EMBEDDING = Table(
+    "embedding",
+    "Perturbation embedding of one cross-fit model. Training perturbations stand where their own effects put them, pseudo-targets and targets where "
+    "they are located without their own cells. Queries that cannot be located are absent.",
+    [
+        C("perturbation", "str", "", "perturbation, or `control` (the zero effect)"),
+        C("role", "str", "", "train, control (own effects) or pseudo, target (located)", choices=ROLES),
+        C("dimension", "int", "", "coordinate, from 0"),
+        C("value", "float", "sd", "coordinate; mean square 1 over training perturbations and coordinates together, so that coordinates keep their proportions"),
+    ],
+    ("perturbation", "dimension"),
+)
+
+CLUSTERS = Table(
+    "clusters",
+    "Clusters of perturbations and of genes, learned from the training cells of a fold, with map coordinates.",
+    [
+        C("kind", "str", "", "perturbation or gene", choices=("perturbation", "gene")),
+        C("name", "str", "", "perturbation or gene"),
+        C("cluster", "str", "", "Leiden cluster"),
+        C("x", "float", "arbitrary", "UMAP 1"),
+        C("y", "float", "arbitrary", "UMAP 2"),
+    ],
+    ("kind", "name"),
+)
+
+GENE_FEATURES = Table(
+    "gene_features",
+    "Features of perturbed genes by which perturbations are located, learned without held-out cells. Genes that a source does not know are absent.",
+    [
+        C("source", "str", "", "feature source: coexpression, or kind and file name"),
+        C("gene", "str", "", "gene of a training perturbation or of a target"),
+        C("dimension", "int", "", "feature, from 0"),
+        C("value", "float", "arbitrary", "value; inner products within a source are similarities of genes, about 1 with oneself"),
+    ],
+    ("source", "gene", "dimension"),
+)
+
+MEANS = Table(
+    "means",
+    "Predicted mean expression of perturbations, the one layout every generator, baseline and peer writes.",
+    [
+        C("perturbation", "str", "", "perturbation (`control` included where the method generates it)"),
+        C("role", "str", "", "target; pseudo (predicted out of fold); train (seen in training); control", choices=ROLES),
+        C("gene", "str", "", "gene symbol"),
+        C("mean", "float", LOG_UNIT, "predicted mean"),
+        C("mc_variance", "float", LOG_UNIT + " squared", "Monte-Carlo variance of the mean (0 for exact predictors)"),
+    ],
+    ("perturbation", "gene"),
+)
+
+DE = Table(
+    "de",
+    "Differential expression of every target against control, per method.",
+    [
+        C("seed", "int", "", "seed of the run"),
+        C("fold", "str", "", "outer fold, or `all`"),
+        C("method", "str", "", "predictor that was debiased"),
+        C("target", "str", "", "perturbation"),
+        C("gene", "str", "", "gene symbol"),
+        C("estimate", "float", LOG_UNIT, "debiased mean expression under the perturbation", missing=True),
+        C("control_mean", "float", LOG_UNIT, "mean expression of control cells"),
+        C("lfc", "float", LOG_UNIT, "estimate - control_mean (natural log)", missing=True),
+        C("se", "float", LOG_UNIT, "standard error of lfc, the perturbation as unit", missing=True),
+        C("df", "float", "", "degrees of freedom of se", missing=True),
+        C("ci_low", "float", LOG_UNIT, "lower end of the interval of lfc", missing=True),
+        C("ci_high", "float", LOG_UNIT, "upper end of the interval of lfc", missing=True),
+        C("p_t", "float", "", "two-sided p of lfc against 0", missing=True),
+        C("q_t", "float", "", "Benjamini-Hochberg over the target's genes", missing=True),
+        C("p_selection", "float", "", "conformal p of `an experiment would call this gene`", missing=True),
+        C("q_selection", "float", "", "its Benjamini-Hochberg q", missing=True),
+        C("call", "str", "", "up, down, none or no_call", choices=CALLS),
+        C("reason", "str", "", "why there is no call, else empty"),
+        C("lambda", "float", "0-1", "weight of the predictor", missing=True),
+        C("k_eff", "float", "perturbations", "effective number of neighbours", missing=True),
+        C("confidence", "float", "0-1", "location confidence", missing=True),
+    ],
+    ("seed", "fold", "method", "target", "gene"),
+)
+
+SCORES = Table(
+    "scores",
+    "Scores of predictions against held-out cells (half B; genes chosen in half A).",
+    [
+        C("seed", "int", "", "seed of the run"),
+        C("fold", "str", "", "outer fold"),
+        C("method", "str", "", "predictor"),
+        C("debiased", "bool", "", "after debiasing, or the predictor as it is"),
+        C("target", "str", "", "held-out perturbation"),
+        C("metric", "str", "", "metric"),
+        C("genes", "str", "", "all, or the number of genes of largest effect in half A"),
+        C("value", "float", "of the metric", "score", missing=True),
+        C("ceiling", "float", "of the metric", "the score of half A as a predictor of half B (replicate)", missing=True),
+        C("baseline", "float", "of the metric", "the training mean's score", missing=True),
+    ],
+    ("seed", "fold", "method", "debiased", "target", "metric", "genes"),
+)
+
+CALIBRATION = Table(
+    "calibration",
+    "Do the stated error rates hold? One row per check, method, level and stratum.",
+    [
+        C("check", "str", "", "coverage, width, fdr, power, control_guides, permutation, equivalence, doubling, ..."),
+        C("method", "str", "", "predictor or error model"),
+        C("level", "float", "0-1", "nominal level"),
+        C("stratum", "str", "", "all, or the group of genes or targets"),
+        C("value", "float", "of the check", "measured rate", missing=True),
+        C("n", "int", "", "number of trials"),
+        C("low", "float", "of the check", "lower end of its 95 % band", missing=True),
+        C("high", "float", "of the check", "upper end of its 95 % band", missing=True),
+    ],
+    ("check", "method", "level", "stratum"),
+)
+
+COMPUTE = Table(
+    "compute",
+    "What the run cost.",
+    [
+        C("rule", "str", "", "rule"),
+        C("jobs", "int", "", "number of jobs"),
+        C("seconds", "float", "s", "wall time, summed over jobs"),
+        C("peak_memory", "float", "GiB", "largest resident set of a job"),
+        C("gpu_memory", "float", "GiB", "largest GPU memory of a job", missing=True),
+        C("device", "str", "", "device"),
+    ],
+    ("rule", "device"),
+)
+
+CONTRACTS = {table.name: table for table in (EFFECTS, LOCATIONS, EMBEDDING, CLUSTERS, GENE_FEATURES, MEANS, DE, SCORES, CALIBRATION, COMPUTE)}
