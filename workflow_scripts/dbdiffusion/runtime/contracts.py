@@ -29,9 +29,20 @@ LOCATIONS = Table(
     "Weights of every target and pseudo-target over training perturbations (itself excluded). A query that cannot be located has one row "
     "with an empty neighbour and weight 0.",
     [
-        C("fit", "str", "", "`all`: for debiasing (pseudo-targets are located without their own cells); `0`, `1`, ...: inside that cross-fit model"),
+        C(
+            "fit",
+            "str",
+            "",
+            "`all`: for debiasing (pseudo-targets are located without their own cells); `0`, `1`, ...: inside that cross-fit model",
+        ),
         C("query", "str", "", "perturbation that is located"),
-        C("role", "str", "", "target (held out or never measured) or pseudo (training perturbation treated as unmeasured)", choices=("target", "pseudo")),
+        C(
+            "role",
+            "str",
+            "",
+            "target (held out or never measured) or pseudo (training perturbation treated as unmeasured)",
+            choices=("target", "pseudo"),
+        ),
         C("neighbour", "str", "", "training perturbation, or `control` in additive locations"),
         C("weight", "float", "", "weight of the neighbour; weights of a query sum to 1"),
         C("k_eff", "float", "perturbations", "effective number of neighbours, 1 / sum of squared weights"),
@@ -47,13 +58,19 @@ LOCATIONS = Table(
 
 EMBEDDING = Table(
     "embedding",
-    "Perturbation embedding of one cross-fit model. Training perturbations stand where their own effects put them, pseudo-targets and targets where "
+    "Perturbation embedding of one cross-fit model. Training perturbations stand where their own effects "
+    "put them, pseudo-targets and targets where "
     "they are located without their own cells. Queries that cannot be located are absent.",
     [
         C("perturbation", "str", "", "perturbation, or `control` (the zero effect)"),
         C("role", "str", "", "train, control (own effects) or pseudo, target (located)", choices=ROLES),
         C("dimension", "int", "", "coordinate, from 0"),
-        C("value", "float", "sd", "coordinate; mean square 1 over training perturbations and coordinates together, so that coordinates keep their proportions"),
+        C(
+            "value",
+            "float",
+            "sd",
+            "coordinate; mean square 1 over training perturbations and coordinates together, so that coordinates keep their proportions",
+        ),
     ],
     ("perturbation", "dimension"),
 )
@@ -73,7 +90,8 @@ CLUSTERS = Table(
 
 GENE_FEATURES = Table(
     "gene_features",
-    "Features of perturbed genes by which perturbations are located, learned without held-out cells. Genes that a source does not know are absent.",
+    "Features of perturbed genes by which perturbations are located, learned without held-out cells. "
+    "Genes that a source does not know are absent.",
     [
         C("source", "str", "", "feature source: coexpression, or kind and file name"),
         C("gene", "str", "", "gene of a training perturbation or of a target"),
@@ -173,4 +191,6 @@ COMPUTE = Table(
     ("rule", "device"),
 )
 
-CONTRACTS = {table.name: table for table in (EFFECTS, LOCATIONS, EMBEDDING, CLUSTERS, GENE_FEATURES, MEANS, DE, SCORES, CALIBRATION, COMPUTE)}
+CONTRACTS = {
+    table.name: table for table in (EFFECTS, LOCATIONS, EMBEDDING, CLUSTERS, GENE_FEATURES, MEANS, DE, SCORES, CALIBRATION, COMPUTE)
+}

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from dbdiffusion.runtime.errors import UserError, nearest
 
-
 # Lock files of this process; the locks go when the process ends, however it ends.
 _HELD: list[int] = []
 
 
+@cache
 def _free_gpu(count: int) -> int:
-    """A GPU that no other job of this machine holds, or the first one when all are taken.
+    """A GPU that no other job of this machine holds, or the first one when all are taken; the same at every call of a process.
 
     A scheduler hands a job its own device; on a workstation nothing does, so jobs agree by file locks.
     """
@@ -25,7 +27,7 @@ def _free_gpu(count: int) -> int:
         return 0
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     for index in range(count):
-        name = visible[index] if len(visible) == count else str(index)
+        name = re.sub(r"\W", "-", visible[index].strip()) if len(visible) == count else str(index)
         path = Path(tempfile.gettempdir()) / f"dbdiffusion-{os.getuid()}-gpu{name}.lock"
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
@@ -50,9 +52,10 @@ def resolve_device(requested: str) -> torch.device:
         return torch.device(f"cuda:{_free_gpu(count)}" if count else "cpu")
     if requested == "cpu":
         return torch.device("cpu")
-    if requested == "cuda" or requested.startswith("cuda:"):
-        index = int(requested.partition(":")[2]) if ":" in requested else _free_gpu(count) if count else 0
-        if index < count:
+    if match := re.fullmatch(r"cuda(?::(\d+))?", requested):
+        if count and match[1] is None:
+            return torch.device(f"cuda:{_free_gpu(count)}")
+        if (index := int(match[1] or 0)) < count:
             return torch.device(f"cuda:{index}")
         build = "this torch has no CUDA support" if torch.version.cuda is None else f"{count} GPU(s) visible"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -62,9 +65,7 @@ def resolve_device(requested: str) -> torch.device:
             fix="set run.device: auto or cpu, install the CUDA build of torch (envs/torch-cuda.yaml), "
             "or ask the scheduler for a GPU (--profile profiles/slurm)",
         )
-    raise UserError(
-        f"unknown device {requested!r}", where="config key run.device", fix=nearest(requested, ["auto", "cpu", "cuda"])
-    )
+    raise UserError(f"unknown device {requested!r}", where="config key run.device", fix=nearest(requested, ["auto", "cpu", "cuda"]))
 
 
 def set_threads(threads: int) -> None:

@@ -25,21 +25,19 @@ def stage_log(path: str | Path) -> Iterator[logging.Logger]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     root = logging.getLogger()
+    level = root.level
     handlers: list[logging.Handler] = [logging.FileHandler(path, mode="w"), logging.StreamHandler(sys.stderr)]
     for handler in handlers:
         handler.setFormatter(logging.Formatter(FORMAT, datefmt="%H:%M:%S"))
         root.addHandler(handler)
     root.setLevel(logging.INFO)
-    logging.captureWarnings(True)
-    warnings.simplefilter("default")
     # Third-party chatter that says nothing about the data.
     for noisy in ("numba", "matplotlib", "fontTools", "h5py", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=FutureWarning)
     logger = logging.getLogger("dbdiffusion")
     try:
-        yield logger
+        with _logged_warnings():
+            yield logger
     except UserError as error:
         logger.error("%s", error)
         raise SystemExit(1) from None
@@ -47,7 +45,21 @@ def stage_log(path: str | Path) -> Iterator[logging.Logger]:
         logger.error("failed\n%s", traceback.format_exc())
         raise
     finally:
-        logging.captureWarnings(False)
+        root.setLevel(level)
         for handler in handlers:
             root.removeHandler(handler)
             handler.close()
+
+
+@contextmanager
+def _logged_warnings() -> Iterator[None]:
+    """Warnings as log records, without those about other people's code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        logging.captureWarnings(True)
+        try:
+            yield
+        finally:
+            logging.captureWarnings(False)

@@ -1,0 +1,33 @@
+"""config block `inference`: estimator, errors, tests and calls."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from dbdiffusion.config.base import Block
+
+
+class InferenceConfig(Block):
+    """Debiasing, standard errors, tests and calls."""
+
+    weight: Literal["tuned", "one", "zero"] = "tuned"
+    """Weight lambda of the predictor: tuned per gene on pseudo-targets; one (published); zero (neighbour mean)."""
+    error_model: Literal["t", "conformal", "cells_only", "conservative", "ppi_z"] = "t"
+    """Interval: t (perturbation as unit, moderated); conformal; or one of the published errors, for comparison."""
+    level: float = Field(0.95, gt=0.5, lt=1)
+    """Nominal coverage of intervals."""
+    calls: Literal["selection", "t"] = "selection"
+    """Which test makes the call: conformal selection, or the t test."""
+    q: float = Field(0.1, gt=0, lt=1)
+    """Nominal false discovery rate of calls."""
+    fdr: Literal["pooled", "target"] = "pooled"
+    """What conformal selection holds at q: pooled, the share of false calls among all calls, and its mean over targets; or only the
+    mean over targets (more calls, but where few targets have calls, most of them may be false)."""
+    min_k_eff: float = Field(3.0, ge=1)
+    """Fewer effective neighbours: no call."""
+    max_calibration_pairs: int = Field(200000, ge=1000)
+    """Pseudo-target x gene pairs used by conformal selection."""
+    de_fdr: float = Field(0.05, gt=0, lt=1)
+    """FDR at which a measured perturbation's own test calls a gene: the label Y that conformal selection predicts."""
