@@ -84,10 +84,7 @@ class EffectSet:
         genes = pd.Index(frame["gene"].astype(str).unique())
         names = pd.Index(frame["perturbation"].astype(str).unique()).drop(CONTROL)
         everyone = names.append(pd.Index([CONTROL]))
-        wide = {
-            value: _matrix(frame, "perturbation", value, everyone, genes)
-            for value in ("mean", "effect", "se", "variance", "n_cells")
-        }
+        wide = {value: _matrix(frame, "perturbation", value, everyone, genes) for value in ("mean", "effect", "se", "variance", "n_cells")}
         n = wide["n_cells"][:, 0].astype(np.int64)
         return cls(
             names,
