@@ -1,0 +1,98 @@
+"""Two-sample scores against loops, and what they say of samples that are equal, shifted or collapsed."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dbdiffusion.benchmark import distribution
+
+
+def slow_pairs(x, y, measure, same):
+    values = [measure(a, b) for (i, a), (j, b) in itertools.product(enumerate(x), enumerate(y)) if not (same and i == j)]
+    return sum(values) / len(values)
+
+
+@pytest.fixture
+def samples():
+    random = np.random.default_rng(0)
+    return random.normal(0, 1, (15, 3)), random.normal(0.5, 1.5, (12, 3))
+
+
+def test_energy_distance_matches_loops(samples):
+    x, y = samples
+
+    def norm(a, b):
+        return np.sqrt(((a - b) ** 2).sum())
+
+    expected = 2 * slow_pairs(x, y, norm, False) - slow_pairs(x, x, norm, True) - slow_pairs(y, y, norm, True)
+    assert distribution.energy_distance(x, y) == pytest.approx(expected)
+
+
+def test_mmd_matches_loops(samples):
+    x, y = samples
+
+    def kernel(a, b):
+        return np.exp(-((a - b) ** 2).sum() / 4.0)
+
+    expected = slow_pairs(x, x, kernel, True) + slow_pairs(y, y, kernel, True) - 2 * slow_pairs(x, y, kernel, False)
+    assert distribution.mmd(x, y, bandwidth=4.0) == pytest.approx(expected)
+
+
+def test_median_bandwidth_matches_pairs(samples):
+    x = samples[0]
+    assert distribution.median_bandwidth(x) == pytest.approx(np.median([((a - b) ** 2).sum() for a, b in itertools.combinations(x, 2)]))
+
+
+def test_distances_of_one_distribution_are_zero_on_average():
+    random = np.random.default_rng(1)
+    pairs = [(random.normal(size=(20, 4)), random.normal(size=(40, 4))) for _ in range(200)]
+    for measure in (distribution.energy_distance, lambda x, y: distribution.mmd(x, y, bandwidth=8.0)):
+        values = np.array([measure(x, y) for x, y in pairs])
+        assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))
+        assert measure(pairs[0][0], pairs[0][1] + 1.0) > values.max()
+
+
+def test_auc_knows_equal_shifted_and_collapsed_samples():
+    random = np.random.default_rng(2)
+    x, y = random.normal(size=(150, 5)), random.normal(size=(150, 5))
+    assert abs(distribution.two_sample_auc(x, y, seed=1) - 0.5) < 0.12
+    assert distribution.two_sample_auc(x, y + 3, seed=1) > 0.99
+    # Same mean, a third of the spread: only the squares tell.
+    assert distribution.two_sample_auc(x, y / 3, seed=1) > 0.9
+    assert distribution.two_sample_auc(x, y, seed=1) == distribution.two_sample_auc(x, y, seed=1)
+
+
+def test_concordance_is_one_only_for_equality():
+    a = np.random.default_rng(3).random(50)
+    assert distribution.concordance(a, a) == pytest.approx(1)
+    assert distribution.concordance(a, a + 0.5) < 0.7
+    assert distribution.concordance(a, 2 * a) < 0.9
+    assert np.isnan(distribution.concordance(np.zeros(5), np.zeros(5)))
+
+
+def test_axes_match_svd_and_limit_components():
+    cells = np.random.default_rng(4).normal(size=(30, 8)) @ np.diag(np.arange(1, 9))
+    axes = distribution.fit_axes(cells, 3)
+    _, s, vt = np.linalg.svd(cells - cells.mean(axis=0))
+    np.testing.assert_allclose(np.abs(axes.axes.T @ vt[:3].T), np.eye(3), atol=1e-8)
+    np.testing.assert_allclose((axes.project(cells) ** 2).sum(axis=0), s[:3] ** 2)
+    assert distribution.fit_axes(cells, 99).axes.shape == (8, 8)
+    assert distribution.fit_axes(cells[:4], 99).axes.shape == (8, 3)
+
+
+def test_compare_needs_cells_and_rewards_the_right_zeros():
+    random = np.random.default_rng(5)
+    rate = random.uniform(0.05, 2, 30)
+    observed, same = (np.log1p(random.poisson(rate, (200, 30))) for _ in range(2))
+    smooth = same.mean(axis=0) + random.normal(0, 0.01, same.shape)
+    axes = distribution.fit_axes(observed, 5)
+    options = {"axes": axes, "bandwidth": 1.0, "seed": 0}
+    good, bad = distribution.compare(same, observed, **options), distribution.compare(smooth, observed, **options)
+    assert good["variance_agreement"] > 0.9 > 0.2 > bad["variance_agreement"]
+    assert good["zero_fraction_agreement"] > 0.95 > bad["zero_fraction_agreement"]
+    assert good["energy_distance"] < bad["energy_distance"]
+    assert good["two_sample_auc"] < bad["two_sample_auc"]
+    assert all(np.isnan(v) for v in distribution.compare(same[:9], observed, **options).values())
