@@ -1,0 +1,102 @@
+# Baselines, scores against held-out cells, and what the run cost.
+
+
+rule baselines:
+    input:
+        effects="results/{dataset}/seed{seed}/fold{fold}/effects.parquet",
+        locations="results/{dataset}/seed{seed}/fold{fold}/locations.parquet",
+        splits="results/{dataset}/seed{seed}/splits.json",
+        gene_features="results/{dataset}/seed{seed}/fold{fold}/gene_features.parquet",
+    output:
+        [f"results/{{dataset}}/seed{{seed}}/fold{{fold}}/{baseline}/means.parquet" for baseline in BASELINES],
+    log:
+        "<logs>/{dataset}/seed{seed}/fold{fold}/baselines.log",
+    benchmark:
+        "<benchmarks>/{dataset}/seed{seed}/fold{fold}/baselines.tsv"
+    conda:
+        "../envs/inference.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(3000),
+        runtime=minutes(60),
+    params:
+        names=BASELINES,
+        code=code("baselines.py"),
+    script:
+        "../workflow_scripts/baselines.py"
+
+
+rule score:
+    input:
+        unpack(method_means),
+        cells="results/{dataset}/qc/cells.h5ad",
+        splits="results/{dataset}/seed{seed}/splits.json",
+        moments="results/{dataset}/seed{seed}/moments.h5ad",
+        effects="results/{dataset}/seed{seed}/fold{fold}/effects.parquet",
+        locations="results/{dataset}/seed{seed}/fold{fold}/locations.parquet",
+        de="results/{dataset}/seed{seed}/fold{fold}/de.parquet",
+        generated=f"results/{{dataset}}/seed{{seed}}/fold{{fold}}/{GENERATOR}/generated.h5ad",
+    output:
+        scores="results/{dataset}/seed{seed}/fold{fold}/scores.parquet",
+    log:
+        "<logs>/{dataset}/seed{seed}/fold{fold}/score.log",
+    benchmark:
+        "<benchmarks>/{dataset}/seed{seed}/fold{fold}/score.tsv"
+    conda:
+        "../envs/inference.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(4000),
+        runtime=minutes(60),
+    params:
+        methods=METHODS,
+        config=block("benchmark"),
+        code=code("score.py"),
+    script:
+        "../workflow_scripts/score.py"
+
+
+rule score_table:
+    input:
+        tables=per_fold("results/{dataset}/seed{seed}/fold{fold}/scores.parquet", HELD_OUT_FOLDS),
+    output:
+        table="results/{dataset}/tables/scores.parquet",
+    log:
+        "<logs>/{dataset}/score_table.log",
+    benchmark:
+        "<benchmarks>/{dataset}/score_table.tsv"
+    conda:
+        "../envs/inference.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(2000, times_input=20),
+        runtime=minutes(10),
+    params:
+        contract="scores",
+        code=code("concatenate.py"),
+    script:
+        "../workflow_scripts/concatenate.py"
+
+
+rule compute:
+    input:
+        unpack(cost_files),
+        vae_records=per_model("vae.json"),
+        diffusion_records=per_model("diffusion.json"),
+    output:
+        compute="results/{dataset}/tables/compute.parquet",
+    log:
+        "<logs>/{dataset}/compute.log",
+    benchmark:
+        "<benchmarks>/{dataset}/compute.tsv"
+    conda:
+        "../envs/inference.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=minutes(10),
+    params:
+        rules=list(COSTS),
+        code=code("compute.py"),
+    script:
+        "../workflow_scripts/compute.py"

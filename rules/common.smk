@@ -1,0 +1,210 @@
+# Config, names and resources that all rules share. Nothing here reads data.
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from dbdiffusion.config.load import config_slice, load_config
+from dbdiffusion.data.catalogue import find
+from dbdiffusion.runtime.errors import UserError
+from dbdiffusion.runtime.provenance import code_hash
+
+try:
+    CONFIG = load_config(config, root=Path(workflow.basedir))
+except UserError as error:
+    raise WorkflowError(str(error)) from None
+
+CATALOGUE = Path(workflow.basedir) / "resources" / "datasets.tsv"
+TORCH_ENV = "../envs/torch-cuda.yaml" if CONFIG.run.device.startswith("cuda") else "../envs/torch.yaml"
+SEEDS = CONFIG.run.seeds
+FOLDS = CONFIG.splits.fold_names(CONFIG.run.targets)  # `all`: nothing held out, run.targets are predicted
+HELD_OUT_FOLDS = [fold for fold in FOLDS if fold != "all"]
+CROSSFIT = CONFIG.splits.crossfit_names
+GENERATOR = "dbdiffusion"
+BASELINES = list(CONFIG.benchmark.baselines)
+METHODS = [GENERATOR, *BASELINES]
+# The prediction that figures show: all predictors stacked where pseudo-targets can tune them, else the generator.
+SHOWN = "stacked" if CONFIG.splits.crossfit_folds else GENERATOR
+# A GPU is asked of the scheduler unless the config keeps the run on the CPU.
+GPUS = 0 if CONFIG.run.device == "cpu" else 1
+
+
+def names_or_none(names):
+    """A wildcard constraint that matches these names, or nothing."""
+    return "|".join(names) if names else "(?!)"
+
+
+SIMULATED = [name for name, block in CONFIG.datasets.items() if block.kind == "simulate"]
+
+
+wildcard_constraints:
+    dataset=names_or_none(list(CONFIG.datasets)),
+    seed=r"\d+",
+    fold=r"\d+|all",
+    crossfit=r"\d+|all",
+    baseline=names_or_none(BASELINES),
+
+
+def block(*names):
+    """Config blocks as a plain dict: what a rule depends on, no more."""
+    return config_slice(CONFIG, *names)
+
+
+def dataset_block(wildcards):
+    return CONFIG.datasets[wildcards.dataset].model_dump(mode="json")
+
+
+def code(script):
+    """Digest of a script and the library modules it uses: an edit re-runs exactly what depends on it."""
+    return code_hash(SCRIPTS / script)
+
+
+def feature_files(wildcards):
+    """Files of the dataset's gene-feature sources."""
+    return [source.path for source in CONFIG.datasets[wildcards.dataset].features if source.path]
+
+
+def memory(minimum_mb, times_input=4):
+    """Memory request that follows the size of the input and grows with every attempt."""
+
+    def request(wildcards, input, attempt):
+        return int(max(minimum_mb, times_input * input.size_mb) * attempt)
+
+    return request
+
+
+def minutes(first):
+    def request(wildcards, attempt):
+        return first * attempt
+
+    return request
+
+
+def source_of(wildcards):
+    """Files that a dataset is read from: the user's own, or the download of its row in resources/datasets.tsv."""
+    block = CONFIG.datasets[wildcards.dataset]
+    if block.kind != "catalogue":
+        tables = [block.cell_table, block.guide_counts, block.guide_table]
+        beside = [path for path in tables if path and path != "features"]
+        return {"source": block.path, **({"beside": beside} if beside else {})}
+    entry = find(CATALOGUE, block.name, block.version)
+    file = f"results/downloads/{entry.name}_{entry.version}"
+    return {"source": f"{file}_10x_mtx" if entry.needs_conversion else f"{file}{entry.suffix}"}
+
+
+def scratch(stage):
+    """An undeclared folder for checkpoints: declared outputs would be deleted when a job is killed."""
+
+    def path(wildcards):
+        return f"results/{wildcards.dataset}/scratch/seed{wildcards.seed}_fold{wildcards.fold}_crossfit{wildcards.crossfit}_{stage}"
+
+    return path
+
+
+def tables():
+    names = ["de"]
+    if HELD_OUT_FOLDS:
+        names += ["scores", "calibration", "compute"]
+    else:
+        names += ["compute"]
+    return expand("results/{dataset}/tables/{name}.parquet", dataset=CONFIG.run.datasets, name=names)
+
+
+def figures():
+    # Maps are drawn for the first fold: those of the other folds differ by the held-out perturbations only.
+    out = expand(
+        "results/{dataset}/figures/{name}.png", dataset=CONFIG.run.datasets, name=["qc", "training", "compute"]
+    )
+    out += expand(
+        "results/{dataset}/figures/seed{seed}_fold{fold}_{name}.png",
+        dataset=CONFIG.run.datasets,
+        seed=SEEDS[0],
+        fold=FOLDS[0],
+        name=["perturbation_map", "gene_map"],
+    )
+    out += expand("results/{dataset}/report/de.html", dataset=CONFIG.run.datasets)
+    if HELD_OUT_FOLDS:
+        out += expand(
+            "results/{dataset}/figures/{name}.png",
+            dataset=CONFIG.run.datasets,
+            name=["scores", "calibration", "predicted_observed", "intervals"],
+        )
+        out += expand(
+            "results/{dataset}/figures/seed{seed}_fold{fold}_{name}.png",
+            dataset=CONFIG.run.datasets,
+            seed=SEEDS[0],
+            fold=HELD_OUT_FOLDS[0],
+            name=["cells", "location"],
+        )
+        out += expand("results/{dataset}/report/scores.html", dataset=CONFIG.run.datasets)
+    return out
+
+
+def generated_cells():
+    return expand(
+        "results/{dataset}/seed{seed}/fold{fold}/{method}/generated.h5ad",
+        dataset=CONFIG.run.datasets,
+        seed=SEEDS,
+        fold=FOLDS,
+        method=GENERATOR,
+    )
+
+
+def per_model(name):
+    """A file of every cross-fit model of one dataset."""
+
+    def paths(wildcards):
+        return expand(
+            "results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/{name}",
+            dataset=wildcards.dataset,
+            seed=SEEDS,
+            fold=FOLDS,
+            crossfit=CROSSFIT,
+            name=name,
+        )
+
+    return paths
+
+
+def per_fold(pattern, folds=FOLDS):
+    """The pattern's files over seeds and folds of one dataset."""
+
+    def paths(wildcards):
+        return expand(pattern, dataset=wildcards.dataset, seed=SEEDS, fold=folds, allow_missing=True)
+
+    return paths
+
+
+def method_means(wildcards):
+    return {
+        f"means_{method}": f"results/{wildcards.dataset}/seed{wildcards.seed}/fold{wildcards.fold}/{method}/means.parquet"
+        for method in METHODS
+    }
+
+
+# Rules of a dataset whose cost is reported, with the benchmark files of their jobs.
+COSTS = {
+    "qc": "<benchmarks>/{dataset}/qc.tsv",
+    "splits": "<benchmarks>/{dataset}/seed{seed}/splits.tsv",
+    "moments": "<benchmarks>/{dataset}/seed{seed}/moments.tsv",
+    "effects": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/effects.tsv",
+    "locate": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/locate.tsv",
+    "embedding": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/embedding.tsv",
+    "train_vae": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/train_vae.tsv",
+    "train_diffusion": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/train_diffusion.tsv",
+    "generate": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/generate.tsv",
+    "merge_generated": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/merge_generated.tsv",
+    "baselines": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/baselines.tsv",
+    "test_de": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/test_de.tsv",
+}
+
+
+def cost_files(wildcards):
+    """Benchmark files as named inputs, one name a rule."""
+    return {
+        name: sorted(set(expand(pattern, dataset=wildcards.dataset, seed=SEEDS, fold=FOLDS, crossfit=CROSSFIT)))
+        for name, pattern in COSTS.items()
+    }

@@ -1,0 +1,29 @@
+# The autoencoder of every cross-fit model.
+
+
+rule train_vae:
+    input:
+        cells="results/{dataset}/qc/cells.h5ad",
+        splits="results/{dataset}/seed{seed}/splits.json",
+        effects="results/{dataset}/seed{seed}/fold{fold}/effects.parquet",
+    output:
+        weights="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/vae.safetensors",
+        record="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/vae.json",
+    log:
+        "<logs>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/train_vae.log",
+    benchmark:
+        "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/train_vae.tsv"
+    conda:
+        TORCH_ENV
+    threads: 1
+    resources:
+        mem_mb=memory(4000, times_input=12),
+        runtime=minutes(240),
+        gpu=GPUS,
+    params:
+        config=block("vae"),
+        device=CONFIG.run.device,
+        scratch=scratch("vae"),
+        code=code("train_vae.py"),
+    script:
+        "../workflow_scripts/train_vae.py"

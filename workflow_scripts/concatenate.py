@@ -1,0 +1,7 @@
+"""Rules de_table and score_table: the tables of all folds and seeds as one."""
+
+from dbdiffusion.runtime.contracts import CONTRACTS
+from dbdiffusion.runtime.log import stage_log
+
+with stage_log(snakemake.log[0]):
+    CONTRACTS[snakemake.params.contract].concatenate(list(snakemake.input.tables), snakemake.output.table)
