@@ -1,0 +1,46 @@
+"""Bad config and bad data stop with one clear message: what, where, and the remedy."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("vae={latnet: 8}", ["vae.latnet", "latent"]),
+        ("vae={learning_rate: high}", ["vae.learning_rate", "high"]),
+        ("run={datasets: [tinny]}", ["run.datasets", "tinny", "tiny"]),
+        ("splits={folds: 1}", ["splits.folds", "1"]),
+        ("protocol=refrence", ["protocol", "refrence", "reference"]),
+    ],
+)
+def test_config_errors_stop_before_the_dag(fresh, override: str, expected: list[str]):
+    done = fresh.snakemake("--dry-run", "--config", override, check=False)
+    assert done.returncode != 0
+    message = done.stdout + done.stderr
+    assert "Traceback" not in message
+    assert all(word in message for word in expected), message
+    assert "Building DAG" not in message
+
+
+def test_more_folds_than_perturbations(fresh):
+    done = fresh.snakemake("results/tiny/seed1/splits.json", "--config", "splits={folds: 99}", check=False)
+    assert done.returncode != 0
+    log = (fresh.path / "results/logs/tiny/seed1/splits.log").read_text()
+    assert "99" in log
+    assert "Fix:" in log
+    assert "Traceback" not in log
+    assert not (fresh.path / "results/tiny/seed1/splits.json").exists()
+
+
+def test_gpu_asked_for_but_absent(fresh):
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    target = "results/tiny/seed1/fold0/crossfit0/vae.safetensors"
+    done = fresh.snakemake(target, "--config", "run={device: cuda, datasets: [tiny]}", check=False)
+    assert done.returncode != 0
+    log = (fresh.path / "results/logs/tiny/seed1/fold0/crossfit0/train_vae.log").read_text()
+    assert "run.device" in log
+    assert "Traceback" not in log
