@@ -1,0 +1,254 @@
+"""The stage as a whole: what may be read where, and what its tables hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+
+from dbdiffusion.config.datasets import FeatureSource
+from dbdiffusion.config.embedding import ClustersConfig, EmbeddingConfig, LocationConfig
+from dbdiffusion.config.qc import PanelConfig
+from dbdiffusion.config.splits import SplitsConfig
+from dbdiffusion.data.moments import write_moments
+from dbdiffusion.data.sets import EffectSet, LocationSet
+from dbdiffusion.data.splits import Splits, write_splits
+from dbdiffusion.perturbations.effects import write_effects
+from dbdiffusion.perturbations.embedding import write_embedding
+from dbdiffusion.perturbations.locate import Plan, learning_groups, write_locations
+from dbdiffusion.runtime import contracts
+
+OUTPUTS = ("effects.parquet", "panel.json", "locations.parquet", "clusters.parquet", "gene_features.parquet")
+
+
+def run(data: Path, out: Path, fold: str = "0", cells: Path | None = None, features: list[FeatureSource] | None = None, **location) -> Path:
+    """Effects, locations and embeddings of one fold; moments are made again when other cells are given."""
+    out.mkdir(exist_ok=True)
+    moments, splits = data / "moments.h5ad", data / "splits.json"
+    if cells is not None:
+        moments = out / "moments.h5ad"
+        write_moments(cells, splits, moments)
+    sources = features or [
+        FeatureSource(kind="coexpression"),
+        FeatureSource(kind="gene_sets", path=str(data / "annotations.gmt"), min_size=2),
+    ]
+    write_effects(
+        moments=moments, splits=splits, fold=fold, config=PanelConfig(n_genes=60), effects=out / OUTPUTS[0], panel=out / OUTPUTS[1]
+    )
+    write_locations(
+        cells=cells or data / "cells.h5ad",
+        splits=splits,
+        effects=out / OUTPUTS[0],
+        fold=fold,
+        features=sources,
+        location=LocationConfig(**{"max_cells": 400, **location}),
+        clusters=ClustersConfig(),
+        seed=1,
+        locations=out / OUTPUTS[2],
+        out_clusters=out / OUTPUTS[3],
+        gene_features=out / OUTPUTS[4],
+    )
+    for q in Splits.read(splits).crossfit_names(fold):
+        write_embedding(
+            effects=out / OUTPUTS[0],
+            splits=splits,
+            locations=out / OUTPUTS[2],
+            fold=fold,
+            crossfit=q,
+            config=EmbeddingConfig(dimensions=8),
+            out=out / f"embedding{q}.parquet",
+        )
+    return out
+
+
+def garbage(data: Path, out: Path, names: set[str]) -> Path:
+    """cells.h5ad with random counts and library sizes in the cells of `names`."""
+    cells = anndata.read_h5ad(data / "cells.h5ad")
+    rows = np.flatnonzero(cells.obs["perturbation"].isin(names))
+    assert len(rows)
+    rng = np.random.default_rng(0)
+    counts = cells.X.tolil()
+    counts[rows] = rng.poisson(5, (len(rows), cells.n_vars)).astype(np.float32)
+    cells.X = sparse.csr_matrix(counts)
+    cells.obs.iloc[rows, cells.obs.columns.get_loc("total_counts")] = rng.uniform(5e3, 1e4, len(rows))
+    out.mkdir(exist_ok=True)
+    cells.write_h5ad(out / "cells.h5ad", compression="gzip")
+    return out / "cells.h5ad"
+
+
+@pytest.fixture(scope="module")
+def done(tiny_screen: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tiny_screen, tmp_path_factory.mktemp("fold0"))
+
+
+def test_held_out_cells_change_no_byte(tiny_screen: Path, done: Path, tmp_path: Path) -> None:
+    splits = Splits.read(tiny_screen / "splits.json")
+    held = set(splits.measured) - set(splits.training("0"))
+    assert held >= set(splits.targets("0"))
+    again = run(tiny_screen, tmp_path / "garbage", cells=garbage(tiny_screen, tmp_path, held))
+    for name in (*OUTPUTS, "embedding0.parquet", "embedding1.parquet"):
+        assert (again / name).read_bytes() == (done / name).read_bytes(), name
+
+
+def test_a_models_pseudo_targets_change_nothing_of_it(tiny_screen: Path, done: Path, tmp_path: Path) -> None:
+    """Garbage in fold q's cells: the model's locations stay, and so does where its pseudo-targets stand for debiasing."""
+    splits = Splits.read(tiny_screen / "splits.json")
+    hidden = set(splits.training("0")) - set(splits.fit_perturbations("0", "0"))
+    # Effects (and with them the panel) belong to the whole fold: they are kept, so that only the location is under test.
+    cells = garbage(tiny_screen, tmp_path, hidden)
+    effects = EffectSet.read(done / "effects.parquet")
+    rows = effects.perturbations.isin(hidden)
+    rng = np.random.default_rng(1)
+    for value in (effects.effect, effects.mean):
+        value[rows] += rng.normal(size=(rows.sum(), value.shape[1]))
+    effects.write(tmp_path / "effects.parquet")
+    write_locations(
+        cells=cells,
+        splits=tiny_screen / "splits.json",
+        effects=tmp_path / "effects.parquet",
+        fold="0",
+        features=[
+            FeatureSource(kind="coexpression"),
+            FeatureSource(kind="gene_sets", path=str(tiny_screen / "annotations.gmt"), min_size=2),
+        ],
+        location=LocationConfig(max_cells=400),
+        clusters=ClustersConfig(),
+        seed=1,
+        locations=tmp_path / "locations.parquet",
+        out_clusters=tmp_path / "clusters.parquet",
+        gene_features=tmp_path / "gene_features.parquet",
+    )
+    before, after = (contracts.LOCATIONS.read(folder / "locations.parquet") for folder in (done, tmp_path))
+    pseudo = set(splits.inner("0", "0"))
+    for fit, keep in (("0", None), ("all", pseudo)):
+        one, two = (
+            frame[(frame["fit"] == fit) & (True if keep is None else frame["query"].isin(keep))]
+            .reset_index(drop=True)
+            .astype({"query": str})
+            for frame in (before, after)
+        )
+        assert len(one)
+        pd.testing.assert_frame_equal(one, two, check_categorical=False)
+    # The garbage was there to be seen: targets over all training perturbations did move.
+    assert not before[before["fit"] == "all"].reset_index(drop=True).equals(after[after["fit"] == "all"].reset_index(drop=True))
+
+
+def test_same_input_same_bytes(tiny_screen: Path, done: Path, tmp_path: Path) -> None:
+    again = run(tiny_screen, tmp_path / "again")
+    for name in OUTPUTS:
+        assert (again / name).read_bytes() == (done / name).read_bytes(), name
+
+
+def test_every_query_is_there_and_nobody_is_its_own_neighbour(tiny_screen: Path, done: Path) -> None:
+    splits = Splits.read(tiny_screen / "splits.json")
+    training, targets = splits.training("0"), splits.targets("0")
+    frame = contracts.LOCATIONS.read(done / "locations.parquet").astype({"query": str, "neighbour": str, "fit": str})
+    assert set(frame["fit"]) == {"all", "0", "1"}
+    whole = frame[frame["fit"] == "all"]
+    assert set(whole["query"]) == set(training) | set(targets)
+    assert set(whole.loc[whole["role"] == "target", "query"]) == set(targets)
+    for q in ("0", "1"):
+        fit = frame[frame["fit"] == q]
+        assert set(fit["query"]) == set(splits.inner("0", q)) | set(targets)
+        assert set(fit["neighbour"]) <= set(splits.fit_perturbations("0", q)) | {"", "control"}
+    assert (frame["query"] != frame["neighbour"]).all()
+    # Combinations never vouch for their own genes, nor for other singles.
+    assert not frame["neighbour"].str.contains("+", regex=False).any()
+    total = frame.groupby(["fit", "query"])["weight"].sum()
+    located = frame[frame["status"] == "located"].set_index(["fit", "query"]).index.unique()
+    np.testing.assert_allclose(total[located], 1, atol=1e-9)
+    lost = frame[frame["status"] == "not_locatable"]
+    assert (lost["reason"].astype(str) != "").all()
+    assert (lost["weight"] == 0).all()
+    assert frame["confidence"].between(0, 1).all()
+    # As the later stages read it.
+    read = LocationSet.read(done / "locations.parquet", "all", pd.Index(training))
+    assert read.weights.shape == (len(whole["query"].unique()), len(training) + 1)
+
+
+def test_embedding_holds_training_pseudo_and_targets(tiny_screen: Path, done: Path) -> None:
+    splits = Splits.read(tiny_screen / "splits.json")
+    frame = contracts.EMBEDDING.read(done / "embedding0.parquet").astype({"perturbation": str, "role": str})
+    by_role = frame.groupby("role")["perturbation"].unique()
+    assert set(by_role["train"]) == set(splits.fit_perturbations("0", "0"))
+    located = LocationSet.read(done / "locations.parquet", "0", pd.Index(splits.fit_perturbations("0", "0")))
+    found = set(located.queries[(located.info["status"] == "located").to_numpy()])
+    assert set(by_role["pseudo"]) | set(by_role["target"]) == found
+    wide = frame.pivot_table(index="perturbation", columns="dimension", values="value")
+    single = located.select([q for q in sorted(found) if "+" not in q])
+    for query, weights in zip(single.queries, single.weights, strict=True):
+        np.testing.assert_allclose(wide.loc[query], weights[:-1] @ wide.loc[single.neighbours[:-1]].to_numpy(), atol=1e-9)
+
+
+def test_gene_of_a_target_that_is_not_measured(tiny_screen: Path, tmp_path: Path) -> None:
+    """Fold `all` predicts GENE9999, which no source knows; co-expression alone knows no unmeasured gene."""
+    out = run(tiny_screen, tmp_path / "all", fold="all")
+    frame = contracts.LOCATIONS.read(out / "locations.parquet")
+    row = frame[(frame["query"] == "GENE9999") & (frame["fit"] == "all")].iloc[0]
+    assert row["status"] == "not_locatable"
+    assert "GENE9999" in row["reason"]
+    assert "GENE9999" not in set(contracts.EMBEDDING.read(out / "embedding0.parquet")["perturbation"])
+
+
+@pytest.mark.parametrize("locator", ["cluster", "kernel", "ridge"])
+def test_each_locator_alone(tiny_screen: Path, tmp_path: Path, locator: str) -> None:
+    out = run(tiny_screen, tmp_path / locator, locator=locator, features=[FeatureSource(kind="coexpression")])
+    frame = contracts.LOCATIONS.read(out / "locations.parquet")
+    used = frame.loc[(frame["kind"] == "single") & (frame["status"] == "located"), "locator"].astype(str)
+    assert len(used)
+    assert used.str.startswith(locator).all()
+
+
+def test_without_crossfitting_there_are_targets_only(tiny_screen: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("cells.h5ad", "annotations.gmt"):
+        (data / name).symlink_to(tiny_screen / name)
+    write_splits(data / "cells.h5ad", SplitsConfig(folds=3, crossfit_folds=0), [], 1, data / "splits.json")
+    write_moments(data / "cells.h5ad", data / "splits.json", data / "moments.h5ad")
+    out = run(data, tmp_path / "out")
+    frame = contracts.LOCATIONS.read(out / "locations.parquet")
+    assert set(frame["fit"]) == {"all"}
+    assert set(frame["role"]) == {"target"}
+    roles = contracts.EMBEDDING.read(out / "embeddingall.parquet")["role"].astype(str)
+    assert set(roles) == {"train", "control", "target"}
+
+
+def test_plan_never_learns_from_what_it_locates(tiny_screen: Path, done: Path) -> None:
+    splits = Splits.read(tiny_screen / "splits.json")
+    plan = Plan.make(EffectSet.read(done / "effects.parquet"), splits, "0", 1)
+    for model in (None, "0", "1"):
+        hidden = set() if model is None else set(splits.inner("0", model))
+        folds = plan.choice(model)
+        assert folds
+        for learned, queries in folds:
+            genes = {gene for name in learned for gene in name.split("+")}
+            assert not genes & set(queries)
+            assert not hidden & (set(learned) | set(queries))
+    asked = [q for _, queries in plan.choice(None) for q in queries]
+    assert sorted(asked) == [p for p in plan.training if "+" not in p]
+    # Groups are the atoms of every learned set: each set is a union of them.
+    groups = learning_groups(plan)
+    assert sorted(p for g in groups for p in g) == sorted([*plan.training, "control"])
+    for learned in plan.learned_sets():
+        assert set(learned) == {p for g in groups if g <= set(learned) for p in g}
+
+
+@pytest.mark.parametrize(("folds", "crossfit"), [(4, 2), (2, 3), (4, 0)])
+def test_eight_perturbations_are_enough(tiny_screen: Path, tmp_path: Path, folds: int, crossfit: int) -> None:
+    cells = anndata.read_h5ad(tiny_screen / "cells.h5ad")
+    labels = cells.obs["perturbation"].astype(str)
+    few = [name for name in sorted(labels.unique()) if "+" not in name and name != "control"][:8]
+    cells[labels.isin([*few, "control"])].copy().write_h5ad(tmp_path / "cells.h5ad")
+    (tmp_path / "annotations.gmt").symlink_to(tiny_screen / "annotations.gmt")
+    write_splits(tmp_path / "cells.h5ad", SplitsConfig(folds=folds, crossfit_folds=crossfit), [], 1, tmp_path / "splits.json")
+    write_moments(tmp_path / "cells.h5ad", tmp_path / "splits.json", tmp_path / "moments.h5ad")
+    frame = contracts.LOCATIONS.read(run(tmp_path, tmp_path / "out") / "locations.parquet")
+    total = frame.groupby(["fit", "query"], observed=True)["weight"].sum()
+    located = frame.drop_duplicates(["fit", "query"]).set_index(["fit", "query"])["status"] == "located"
+    np.testing.assert_allclose(total, located.reindex(total.index).astype(float), atol=1e-9)
+    assert frame["confidence"].max() < 0.95
