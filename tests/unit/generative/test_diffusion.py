@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dbdiffusion.config.generator import DiffusionConfig, GenerationConfig
+from dbdiffusion.generative.denoiser import Denoiser
+from dbdiffusion.generative.diffusion import Objective, diffusion_loss, epsilon_of, fit_denoiser, sampling_schedule
+from dbdiffusion.generative.latents import Latents
+from dbdiffusion.generative.networks import seeded
+from dbdiffusion.generative.samplers import SAMPLERS
+
+CPU = torch.device("cpu")
+
+
+def network(null_token: str = "learned") -> Denoiser:
+    made = seeded(lambda: Denoiser(6, 4, [32, 16, 8], null_token), 0)
+    torch.nn.init.normal_(made.out.weight, generator=torch.Generator().manual_seed(1))
+    return made.eval()
+
+
+def test_table_of_labels_is_the_same_as_a_label_per_cell() -> None:
+    made, stream = network(), torch.Generator().manual_seed(0)
+    y, t = torch.randn(20, 6, generator=stream), torch.randint(0, 1000, (20,), generator=stream)
+    table, index = made.embed(torch.randn(5, 4, generator=stream)), torch.randint(0, 5, (20,), generator=stream)
+    torch.testing.assert_close(made(y, t, table, index), made(y, t, table[index]))
+
+
+def test_perturbations_at_once_are_the_same_as_one_by_one() -> None:
+    made, stream = network(), torch.Generator().manual_seed(0)
+    y, conditions = torch.randn(3, 10, 6, generator=stream), torch.randn(3, 4, generator=stream)
+    objective = Objective.make(DiffusionConfig(), CPU)
+    together = epsilon_of(made, objective, conditions, 0.5)(y, 300)
+    for i in range(3):
+        torch.testing.assert_close(epsilon_of(made, objective, conditions[i : i + 1], 0.5)(y[i : i + 1], 300)[0], together[i])
+
+
+def test_null_token_is_its_own_or_the_zero_condition() -> None:
+    zero, learned = network("zero"), network("learned")
+    torch.testing.assert_close(zero.null_label(), zero.embed(torch.zeros(1, 4)))
+    assert not torch.allclose(learned.null_label(), learned.embed(torch.zeros(1, 4)))
+    assert learned.null.requires_grad
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
+def test_predictions_imply_the_noise(prediction: str) -> None:
+    objective = Objective.make(DiffusionConfig(prediction=prediction), CPU)
+    stream = torch.Generator().manual_seed(0)
+    x, noise, t = torch.randn(8, 3, generator=stream), torch.randn(8, 3, generator=stream), torch.full((8,), 400)
+    y, target = objective.noised(x, noise, t)
+    level = float(objective.alpha_bar[400])
+    torch.testing.assert_close(y, level**0.5 * x + (1 - level) ** 0.5 * noise)
+    torch.testing.assert_close(objective.epsilon(target, y, 400), noise, rtol=1e-4, atol=1e-4)
+
+
+def test_min_snr_weights_are_one_weight_on_the_x0_loss() -> None:
+    """The same error in x0, seen through any prediction, weighs min(SNR, gamma)."""
+    t, gap, weighted = torch.tensor([1, 50, 300, 900]), 0.1, {}
+    for prediction in ("epsilon", "v", "x0"):
+        objective = Objective.make(DiffusionConfig(prediction=prediction, min_snr_gamma=5.0), CPU)
+        level = objective.alpha_bar[t]
+        # An error d in x0 is sqrt(abar / (1 - abar)) d in epsilon and d / sqrt(1 - abar) in v.
+        factor = {"epsilon": level / (1 - level), "v": 1 / (1 - level), "x0": torch.ones(4)}[prediction]
+        weighted[prediction] = objective.weight(t) * factor * gap**2
+    snr = level / (1 - level)
+    for value in weighted.values():
+        torch.testing.assert_close(value, snr.clamp_max(5.0) * gap**2, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_drops_labels_at_the_stated_rate_and_only_then_uses_the_null_token() -> None:
+    latents = Latents(torch.zeros(4000, 6), torch.ones(4000, 6), torch.zeros(4000, dtype=torch.long), torch.zeros(1, 4))
+    objective, seen = Objective.make(DiffusionConfig(), CPU), []
+
+    class Spy(Denoiser):
+        def forward(self, y, t, label, index=None):
+            seen.append((index == 1).double().mean())
+            assert set(t.tolist()) <= set(range(1000))
+            return super().forward(y, t, label, index)
+
+    made = seeded(lambda: Spy(6, 4, [8]), 0)
+    for share in (0.0, 0.2):
+        diffusion_loss(latents, objective, share)(made, torch.arange(4000), torch.Generator().manual_seed(0))
+    assert seen[0] == 0
+    assert float(seen[1]) == pytest.approx(0.2, abs=0.03)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_two_conditions_are_learned_and_generated(prediction: str) -> None:
+    """Means and spreads of two conditions in two dimensions."""
+    stream = torch.Generator().manual_seed(0)
+    label = torch.arange(1000) % 2
+    centre = torch.tensor([[1.0, 0.0], [-1.0, 0.5]])
+    mean = centre[label] + 0.5 * torch.randn(1000, 2, generator=stream)
+    latents = Latents(mean, torch.zeros(1000, 2), label, torch.tensor([[1.0], [-1.0]]))
+    config = DiffusionConfig(
+        prediction=prediction, widths=[48, 48], max_steps=400, batch_size=128, learning_rate=6e-3, ema=0.97, patience=0
+    )
+    made, fitted = fit_denoiser(latents, config, device=CPU, seed=1)
+    assert fitted.history[-1]["validation"] < fitted.history[0]["validation"]
+    start = torch.randn(800, 2, generator=stream).expand(2, 800, 2)
+
+    def draw(number: int) -> torch.Tensor:
+        return torch.randn(800, 2, generator=torch.Generator().manual_seed(number))
+
+    with torch.no_grad():
+        epsilon = epsilon_of(made, Objective.make(config, CPU), latents.conditions, 0.0)
+        got = SAMPLERS["accelerated"](epsilon, sampling_schedule(config, "accelerated", 50), start, draw)
+    for k in range(2):
+        real = mean[label == k]
+        assert np.abs((got[k].mean(0) - real.mean(0)).numpy()).max() < 0.15
+        assert np.abs((got[k].std(0) / real.std(0)).numpy() - 1).max() < 0.25
+
+
+def test_every_sampler_has_a_spacing() -> None:
+    for name in SAMPLERS:
+        schedule = sampling_schedule(DiffusionConfig(), name, GenerationConfig().steps)
+        assert schedule.timesteps[0] == 0
+        assert schedule.timesteps[-1] == 999

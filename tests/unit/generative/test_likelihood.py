@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from scipy import special, stats
+
+from dbdiffusion.generative.likelihood import digamma_shifted, nb_negative_log_likelihood
+
+
+def test_digamma_against_scipy() -> None:
+    x = np.concatenate([np.logspace(-4, 4, 400), np.arange(1, 50)])
+    np.testing.assert_allclose(digamma_shifted(torch.tensor(x)).numpy(), special.digamma(x), rtol=1e-5, atol=1e-5)
+
+
+def test_negative_binomial_against_scipy() -> None:
+    random = np.random.default_rng(0)
+    counts, mean, r = random.poisson(3, (50, 4)), random.gamma(2, 2, (50, 4)), np.array([0.3, 1.0, 5.0, 200.0])
+    expected = -stats.nbinom.logpmf(counts, r, r / (r + mean)).sum(1)
+    got = nb_negative_log_likelihood(torch.tensor(counts, dtype=torch.float64), torch.tensor(np.log(mean)), torch.tensor(np.log(r)))
+    constant = np.vectorize(math.lgamma)(counts + 1.0).sum(1)
+    np.testing.assert_allclose(got.numpy() + constant, expected, rtol=1e-6)
+
+
+def test_gradient_against_torch_lgamma() -> None:
+    stream = torch.Generator().manual_seed(0)
+    counts = torch.poisson(3 * torch.rand(20, 6, generator=stream, dtype=torch.float64), generator=stream)
+
+    def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+        start = torch.Generator().manual_seed(1)
+        log_mean = torch.randn(20, 6, generator=start, dtype=torch.float64).requires_grad_()
+        return log_mean, torch.linspace(-3, 3, 6, dtype=torch.float64).requires_grad_()
+
+    weight = torch.rand(20, generator=stream, dtype=torch.float64)
+    log_mean, log_r = inputs()
+    (weight * nb_negative_log_likelihood(counts, log_mean, log_r)).sum().backward()
+    slow_mean, slow_r = inputs()
+    r = slow_r.exp()
+    p = torch.log(slow_mean.exp() + r)
+    slow = torch.lgamma(r) - torch.lgamma(counts + r) + (counts + r) * p - r * slow_r - counts * slow_mean
+    (weight[:, None] * slow).sum().backward()
+    torch.testing.assert_close(log_mean.grad, slow_mean.grad, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(log_r.grad, slow_r.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_finite_at_extremes() -> None:
+    log_mean = torch.tensor([[-20.0, 12.0]], requires_grad=True)
+    value = nb_negative_log_likelihood(torch.tensor([[30.0, 0.0]]), log_mean, torch.tensor([8.0, -8.0])).sum()
+    value.backward()
+    assert torch.isfinite(value)
+    assert torch.isfinite(log_mean.grad).all()

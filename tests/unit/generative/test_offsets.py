@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dbdiffusion.config.generator import VaeConfig
+from dbdiffusion.generative.latents import Latents
+from dbdiffusion.generative.offsets import MeanOffsets, fit_offsets, residual_means, shrunk
+from dbdiffusion.generative.vae import CellTensors, CellVae
+
+CPU = torch.device("cpu")
+
+
+def blind(toy, likelihood: str) -> tuple[CellVae, CellTensors, Latents]:
+    """An autoencoder that knows the overall means alone: every perturbation is decoded to the same mean."""
+    network = CellVae(len(toy.genes), len(toy.batches), VaeConfig(hidden=[8], latent=3, likelihood=likelihood)).eval()
+    network.start_from(toy)
+    torch.nn.init.zeros_(network.to_genes.weight)
+    data = CellTensors.make(toy, network.counts, CPU)
+    order = {"control": 0, "UP": 1, "DOWN": 2}
+    label = torch.tensor([order[p] for p in toy.perturbation])
+    zero = torch.zeros(len(toy), network.coordinates)
+    if network.counts:
+        zero[:, -1] = network.standardised(zero[:, :-1], data.log_library, data.batch)[:, -1]
+    return network, data, Latents(zero, torch.zeros_like(zero), label, torch.tensor([[0.0], [1.0], [-1.0]]))
+
+
+@pytest.mark.parametrize("likelihood", ["gaussian", "nb"])
+def test_offsets_restore_the_means_of_a_blind_decoder(toy, likelihood: str) -> None:
+    network, data, latents = blind(toy, likelihood)
+    offsets = fit_offsets(network, data, latents, 0)(latents.conditions).numpy()
+    effect = offsets - offsets[:1]
+    if likelihood == "nb":
+        # Simulated at +1 and -1 in the first five genes.
+        np.testing.assert_allclose(effect[1, :5], 1.0, atol=0.3)
+        np.testing.assert_allclose(effect[2, :5], -1.0, atol=0.3)
+    else:
+        real = {p: np.asarray(toy.expression[toy.perturbation == p].mean(0)).ravel() for p in ("control", "UP", "DOWN")}
+        np.testing.assert_allclose(effect[1, :5], (real["UP"] - real["control"])[:5], atol=0.25)
+    assert np.abs(effect[:, 5:]).mean() < 0.1
+
+
+def test_residual_means_against_the_obvious(toy) -> None:
+    network, data, latents = blind(toy, "nb")
+    delta, variance = residual_means(network, data, latents, 0, chunk=70)
+    rows = np.flatnonzero(toy.perturbation == "UP")
+    expected = np.exp(network.to_genes.bias.detach().numpy()[None] + toy.log_library[rows, None]) / 1e4
+    observed = toy.counts[rows].toarray().sum(0)
+    np.testing.assert_allclose(delta[1], np.log((observed + 0.5) / (expected.sum(0) + 0.5)), rtol=1e-3, atol=1e-3)
+    assert (variance > 0).all()
+
+
+def test_shrinkage_removes_noise_and_spares_signal() -> None:
+    stream = torch.Generator().manual_seed(0)
+    noise = 0.1 * torch.randn(1, 5000, generator=stream, dtype=torch.float64)
+    variance = torch.full((1, 5000), 0.01, dtype=torch.float64)
+    assert float(shrunk(noise, variance).square().mean()) < 0.05 * 0.01
+    signal = torch.randn(1, 5000, generator=stream, dtype=torch.float64)
+    kept = shrunk(signal + noise, variance)
+    assert float((kept * signal).sum() / signal.square().sum()) > 0.95
+
+
+def test_none_is_zero() -> None:
+    assert not MeanOffsets.none(3, 7)(torch.randn(2, 3)).any()

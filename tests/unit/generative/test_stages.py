@@ -1,0 +1,134 @@
+"""The stage functions on files, and what they promise to the stages after them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pytest
+
+from dbdiffusion.data.sets import EffectSet, MeanSet
+from dbdiffusion.data.splits import Splits
+from dbdiffusion.generative.diffusion import write_diffusion
+from dbdiffusion.generative.generate import write_generated
+from dbdiffusion.generative.merge import write_merged
+from dbdiffusion.generative.vae import write_vae
+from dbdiffusion.runtime.errors import UserError
+from dbdiffusion.runtime.files import read_json
+
+
+def chain(screen, crossfit: str, folder: Path, cells: Path | None = None) -> dict[str, Path]:
+    """Train and generate one cross-fit model of fold 0."""
+    names = ("vae.safetensors", "vae.json", "diffusion.safetensors", "diffusion.json", "generated.h5ad", "means.parquet")
+    out = {name: folder / name for name in names}
+    common = {"cells": cells or screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": crossfit}
+    run = {"device": "cpu", "seed": 3, "scratch": folder / "scratch"}
+    write_vae(**common, **run, config=screen.vae, weights=out["vae.safetensors"], record=out["vae.json"])
+    pair = {"vae": out["vae.safetensors"], "vae_record": out["vae.json"], "embedding": screen.embedding("0", crossfit)}
+    write_diffusion(**common, **run, **pair, config=screen.diffusion, weights=out["diffusion.safetensors"], record=out["diffusion.json"])
+    write_generated(
+        **pair,
+        effects=screen.effects,
+        diffusion=out["diffusion.safetensors"],
+        diffusion_record=out["diffusion.json"],
+        config=screen.generation,
+        device="cpu",
+        seed=3,
+        generated=out["generated.h5ad"],
+        means=out["means.parquet"],
+    )
+    return out
+
+
+@pytest.fixture(scope="module")
+def models(screen, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Path]]:
+    return [chain(screen, q, tmp_path_factory.mktemp(f"crossfit{q}")) for q in ("0", "1")]
+
+
+def test_rows_and_units(screen, models: list[dict[str, Path]]) -> None:
+    splits, effects = Splits.read(screen.splits), EffectSet.read(screen.effects)
+    means, cells = MeanSet.read(models[0]["means.parquet"]), ad.read_h5ad(models[0]["generated.h5ad"])
+    roles = dict(zip(means.perturbations, means.roles, strict=True))
+    assert {p for p, r in roles.items() if r == "target"} == set(splits.targets("0"))
+    assert {p for p, r in roles.items() if r == "pseudo"} == set(splits.inner("0", "0"))
+    assert roles["control"] == "control"
+    assert 0 < sum(r == "train" for r in roles.values()) <= 6
+    assert list(means.genes) == list(effects.genes) == list(cells.var_names)
+    assert cells.X.dtype == np.float32 and (np.asarray(cells.X) >= 0).all()
+    assert cells.obs_names.is_unique and cells.uns["units"] == "ln(1 + counts per 10,000)"
+    assert (cells.obs.groupby("perturbation", observed=True).size() == screen.generation.cells_kept).all()
+    assert set(cells.obs["crossfit"]) == {"0"}
+    assert (means.mc_variance >= 0).all() and means.mc_variance.max() > 0
+
+
+def test_record_tells_what_was_done(screen, models: list[dict[str, Path]]) -> None:
+    for name, batch in (("vae.json", screen.vae.batch_size), ("diffusion.json", screen.diffusion.batch_size)):
+        record = read_json(models[0][name])
+        assert record["config"]["batch_size"] == batch
+        assert record["history"][-1]["step"] == record["steps"]
+        assert {"train", "validation", "epoch", "step"} <= set(record["history"][0])
+        assert record["steps_per_second"] > 0 and record["device"] == "cpu"
+        assert record["crossfit"] == "0" and record["versions"]["torch"] != "absent"
+    assert not (models[0]["vae.json"].parent / "scratch").exists()
+
+
+def test_held_out_cells_change_nothing(screen, models: list[dict[str, Path]], tmp_path: Path) -> None:
+    """Counts of targets and of the model's own pseudo-targets replaced by random ones: the same bytes."""
+    splits = Splits.read(screen.splits)
+    hidden = {*splits.targets("0"), *splits.inner("0", "0")}
+    cells = ad.read_h5ad(screen.cells)
+    rows = cells.obs["perturbation"].isin(hidden).to_numpy()
+    dense = cells.X.toarray()
+    dense[rows] = np.random.default_rng(0).poisson(5.0, dense[rows].shape)
+    cells.X = type(cells.X)(dense)
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    again = chain(screen, "0", tmp_path, cells=tmp_path / "cells.h5ad")
+    for name in ("vae.safetensors", "diffusion.safetensors", "means.parquet"):
+        assert again[name].read_bytes() == models[0][name].read_bytes(), name
+    assert (ad.read_h5ad(again["generated.h5ad"]).X == ad.read_h5ad(models[0]["generated.h5ad"]).X).all()
+
+
+def test_merge(screen, models: list[dict[str, Path]], tmp_path: Path) -> None:
+    write_merged(
+        generated=[m["generated.h5ad"] for m in models],
+        means=[m["means.parquet"] for m in models],
+        out_generated=tmp_path / "generated.h5ad",
+        out_means=tmp_path / "means.parquet",
+    )
+    splits, sets = Splits.read(screen.splits), [MeanSet.read(m["means.parquet"]) for m in models]
+    merged, cells = MeanSet.read(tmp_path / "means.parquet"), ad.read_h5ad(tmp_path / "generated.h5ad")
+    for q in (0, 1):
+        for name in splits.inner("0", str(q)):
+            at, own = merged.rows([name])[0], sets[q].rows([name])[0]
+            assert merged.roles[at] == "pseudo"
+            np.testing.assert_array_equal(merged.mean[at], sets[q].mean[own])
+            assert set(cells.obs.loc[cells.obs["perturbation"] == name, "crossfit"]) == {str(q)}
+    for name in [*splits.targets("0"), "control"]:
+        at, rows = merged.rows([name])[0], [s.rows([name])[0] for s in sets]
+        np.testing.assert_allclose(merged.mean[at], (sets[0].mean[rows[0]] + sets[1].mean[rows[1]]) / 2, rtol=1e-12)
+        np.testing.assert_allclose(merged.mc_variance[at], (sets[0].mc_variance[rows[0]] + sets[1].mc_variance[rows[1]]) / 4, rtol=1e-12)
+        mine = cells.obs["perturbation"] == name
+        assert mine.sum() == screen.generation.cells_kept
+        assert abs((cells.obs.loc[mine, "crossfit"] == "0").sum() - mine.sum() / 2) <= 1
+    assert cells.obs_names.is_unique
+
+
+def test_another_panel_is_refused(screen, models: list[dict[str, Path]], tmp_path: Path) -> None:
+    effects = EffectSet.read(screen.effects)
+    shuffled = type(effects)(effects.perturbations, effects.genes[::-1], *(getattr(effects, n) for n in list(vars(effects))[2:]))
+    shuffled.write(tmp_path / "effects.parquet")
+    with pytest.raises(UserError, match="another panel"):
+        write_generated(
+            embedding=screen.embedding("0", "0"),
+            effects=tmp_path / "effects.parquet",
+            vae=models[0]["vae.safetensors"],
+            vae_record=models[0]["vae.json"],
+            diffusion=models[0]["diffusion.safetensors"],
+            diffusion_record=models[0]["diffusion.json"],
+            config=screen.generation,
+            device="cpu",
+            seed=3,
+            generated=tmp_path / "g.h5ad",
+            means=tmp_path / "m.parquet",
+        )

@@ -1,0 +1,279 @@
+"""The diffusion model of latents, conditioned on the perturbation: loss, training, and what predicts the noise when sampling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dbdiffusion.config.generator import DiffusionConfig
+from dbdiffusion.data.sets import CONTROL, EffectSet
+from dbdiffusion.generative import checkpoint
+from dbdiffusion.generative.cells import load_cells
+from dbdiffusion.generative.denoiser import Denoiser
+from dbdiffusion.generative.guidance import Epsilon, guided
+from dbdiffusion.generative.latents import Latents, latents_of
+from dbdiffusion.generative.networks import seeded
+from dbdiffusion.generative.offsets import MeanOffsets, fit_offsets
+from dbdiffusion.generative.samplers import SPACING
+from dbdiffusion.generative.schedule import NoiseSchedule, noise_schedule
+from dbdiffusion.generative.training import Fitted, Plan, autocast_type, fit, split_rows, training_record
+from dbdiffusion.generative.vae import CellTensors, load_vae
+from dbdiffusion.runtime import contracts
+from dbdiffusion.runtime.device import resolve_device
+from dbdiffusion.runtime.errors import UserError
+from dbdiffusion.runtime.files import read_json, write_json
+from dbdiffusion.runtime.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Perturbation embeddings: names and roles (R,), values (R, dimensions)."""
+
+    names: pd.Index
+    roles: np.ndarray
+    values: np.ndarray
+
+    @classmethod
+    def read(cls, path: str | Path) -> Conditions:
+        """From contract `embedding`, rows in order of name."""
+        frame = contracts.EMBEDDING.read(path)
+        frame["perturbation"] = frame["perturbation"].astype(str)
+        wide = frame.pivot(index="perturbation", columns="dimension", values="value").sort_index()
+        roles = frame.drop_duplicates("perturbation").set_index("perturbation")["role"].astype(str).loc[wide.index]
+        if wide.isna().to_numpy().any():
+            raise UserError("rows of differing dimensions", where=str(path), fix="run the rule that makes it again")
+        return cls(pd.Index(wide.index), roles.to_numpy(), wide.to_numpy(float))
+
+    def select(self, roles: tuple[str, ...]) -> Conditions:
+        keep = np.isin(self.roles, roles)
+        return Conditions(self.names[keep], self.roles[keep], self.values[keep])
+
+    def take(self, names: list[str]) -> Conditions:
+        at = self.names.get_indexer(names)
+        if (at < 0).any():
+            raise KeyError(f"perturbations without embedding: {[n for n, i in zip(names, at, strict=True) if i < 0][:5]}")
+        return Conditions(self.names[at], self.roles[at], self.values[at])
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Prediction target and weight of each timestep. alpha_bar: (T,) on the device."""
+
+    alpha_bar: Tensor
+    prediction: str
+    gamma: float | None
+
+    @classmethod
+    def make(cls, config: DiffusionConfig, device: torch.device) -> Objective:
+        schedule = noise_schedule(config.schedule, config.timesteps)
+        return cls(torch.from_numpy(schedule.alpha_bar).float().to(device), config.prediction, config.min_snr_gamma)
+
+    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Noised x (n, d) at timesteps t (n,), and what the network is to predict: epsilon, x0 or v = sqrt(abar) eps - sqrt(1 - abar) x."""
+        level = self.alpha_bar[t][:, None]
+        signal, spread = level.sqrt(), (1 - level).sqrt()
+        target = {"epsilon": noise, "x0": x}.get(self.prediction)
+        if target is None:
+            target = signal * noise - spread * x
+        return signal * x + spread * noise, target
+
+    def weight(self, t: Tensor) -> Tensor | None:
+        """Min-SNR weights (Hang et al. 2023): min(SNR, gamma) in units of the x0 loss, translated to the prediction; None: 1."""
+        if self.gamma is None:
+            return None
+        level = self.alpha_bar[t]
+        snr = level / (1 - level)
+        kept = snr.clamp_max(self.gamma)
+        return {"epsilon": kept / snr, "x0": kept, "v": kept / (snr + 1)}[self.prediction]
+
+    def epsilon(self, predicted: Tensor, y: Tensor, t: int) -> Tensor:
+        """The noise that a prediction at timestep t implies."""
+        if self.prediction == "epsilon":
+            return predicted
+        level = self.alpha_bar[t]
+        if self.prediction == "x0":
+            return (y - level.sqrt() * predicted) / (1 - level).sqrt()
+        return level.sqrt() * predicted + (1 - level).sqrt() * y
+
+
+def diffusion_loss(latents: Latents, objective: Objective, label_dropout: float):
+    """Mean squared error of the prediction over cells and coordinates; the null label replaces a share of the labels."""
+    timesteps, null = len(objective.alpha_bar), len(latents.conditions)
+
+    def loss(network: Denoiser, rows: Tensor, stream: torch.Generator, share: float = 1.0) -> Tensor:
+        n, d, device = len(rows), latents.mean.shape[1], latents.mean.device
+        noise = torch.randn((2, n, d), generator=stream, device=device)
+        # Stratified timesteps: one in each n-th of the range, in an order independent of the cells.
+        strata = torch.randperm(n, generator=stream, device=device) + torch.rand(n, generator=stream, device=device)
+        t = (strata * (timesteps / n)).long().clamp_max(timesteps - 1)
+        dropped = torch.rand(n, generator=stream, device=device) < label_dropout
+        label = torch.where(dropped, null, latents.label[rows])
+        y, target = objective.noised(latents.draw(rows, noise[0]), noise[1], t)
+        table = torch.cat([network.embed(latents.conditions), network.null_label()])
+        if len(table) <= n:
+            predicted = network(y, t, table, label)
+        else:
+            predicted = network(y, t, table[label])
+        error = (predicted - target).square().mean(1)
+        weight = objective.weight(t)
+        return error.mean() if weight is None else (weight * error).mean()
+
+    return loss
+
+
+def diffusion_validation(latents: Latents, objective: Objective, rows: np.ndarray, seed: int, repeats: int = 4):
+    """Held-out loss of the conditional model with the same noise at every call; None without held-out cells."""
+    if not len(rows):
+        return None
+    loss = diffusion_loss(latents, objective, 0.0)
+    held = torch.from_numpy(np.tile(rows, repeats)).to(latents.mean.device)
+
+    def validate(network: Denoiser) -> float:
+        stream = torch.Generator(latents.mean.device).manual_seed(derive_seed(seed, "validation noise"))
+        parts = [(loss(network, part, stream), len(part)) for part in held.split(2048)]
+        return float(sum(float(value) * n for value, n in parts) / len(held))
+
+    return validate
+
+
+def fit_denoiser(
+    latents: Latents, config: DiffusionConfig, *, device: torch.device, seed: int, scratch: str | Path | None = None, on_step=None
+) -> tuple[Denoiser, Fitted]:
+    """Train on the latents; the network comes back on the device in evaluation mode with its averaged weights."""
+    coordinates, condition = latents.mean.shape[1], latents.conditions.shape[1]
+    network = seeded(lambda: Denoiser(coordinates, condition, config.widths, config.null_token), derive_seed(seed, "diffusion", "weights"))
+    objective = Objective.make(config, device)
+    train, held = split_rows(len(latents.mean), config.validation_share, derive_seed(seed, "diffusion"))
+    plan = Plan(
+        what="diffusion",
+        seed=seed,
+        rows=train,
+        batch_size=config.batch_size,
+        max_epochs=config.max_epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        ema=config.ema,
+        patience=config.patience,
+        validations=40,
+        checkpoint_seconds=config.checkpoint_seconds,
+        autocast=autocast_type(config.precision, device),
+    )
+    key = checkpoint.digest(config.model_dump(), seed, latents.mean, latents.deviation, latents.label, latents.conditions)
+    fitted = fit(
+        network,
+        diffusion_loss(latents, objective, config.label_dropout),
+        plan,
+        device=device,
+        validate=diffusion_validation(latents, objective, held, seed),
+        path=checkpoint.scratch_file(scratch, "diffusion", key),
+        on_step=on_step,
+    )
+    network.load_state_dict(fitted.weights)
+    return network.eval(), fitted
+
+
+def epsilon_of(network: Denoiser, objective: Objective, conditions: Tensor, guidance: float) -> Epsilon:
+    """Guided noise prediction for latents (R, n, coordinates) of R conditions (R, dimensions) at once."""
+    label, null = network.embed(conditions)[:, None], network.null_label()[:, None]
+
+    def predict(label: Tensor) -> Epsilon:
+        def epsilon(y: Tensor, t: int) -> Tensor:
+            return objective.epsilon(network(y, torch.tensor([t], device=y.device), label), y, t)
+
+        return epsilon
+
+    return guided(predict(label), predict(null), guidance)
+
+
+def sampling_schedule(config: DiffusionConfig, sampler: str, steps: int) -> NoiseSchedule:
+    """The trained schedule respaced to `steps` levels for a sampler."""
+    return noise_schedule(config.schedule, config.timesteps).respaced(steps, SPACING[sampler])
+
+
+def write_diffusion(
+    *,
+    cells: str | Path,
+    splits: str | Path,
+    effects: str | Path,
+    embedding: str | Path,
+    vae: str | Path,
+    vae_record: str | Path,
+    fold: str,
+    crossfit: str,
+    config: DiffusionConfig,
+    device: str,
+    seed: int,
+    scratch: str | Path | None,
+    weights: str | Path,
+    record: str | Path,
+) -> None:
+    """Learn the denoiser of cross-fit model `crossfit` of `fold` on the latents of its own perturbations' cells and the control's.
+
+    Training perturbations are conditioned on their own embedding (role train). weights: safetensors; record: JSON. A killed training
+    resumes from `scratch`.
+    """
+    on = resolve_device(device)
+    network = load_vae(vae, vae_record, on)
+    data = load_cells(cells, splits, EffectSet.read(effects), fold=fold, crossfit=crossfit)
+    if read_json(vae_record)["genes_digest"] != checkpoint.digest(data.genes):
+        raise UserError(
+            "the autoencoder was learned on another panel of genes", where=str(vae_record), fix="make it again from these effects"
+        )
+    known = Conditions.read(embedding).select(("train", "control"))
+    label = known.names.get_indexer(data.perturbation)
+    if (label < 0).any():
+        absent = sorted(set(data.perturbation[label < 0]))
+        raise UserError(f"no own embedding for {absent[:5]}", where=str(embedding), fix="make it again for this fold and cross-fit model")
+    standardise = config.standardise_latent
+    tensors = CellTensors.make(data, network.counts, on)
+    latents = latents_of(network, tensors, label, known.values, standardise)
+    seed = derive_seed(seed, "diffusion", fold, crossfit)
+    offsets = MeanOffsets.none(known.values.shape[1], network.genes)
+    if config.mean_offsets:
+        offsets = fit_offsets(network, tensors, latents, seed)
+    denoiser, fitted = fit_denoiser(latents, config, device=on, seed=seed, scratch=scratch)
+    checkpoint.save(
+        weights,
+        {
+            **checkpoint.prefixed("denoiser", denoiser.state_dict()),
+            "offsets.intercept": offsets.intercept,
+            "offsets.weight": offsets.weight,
+        },
+    )
+    write_json(
+        record,
+        {
+            "fold": fold,
+            "crossfit": crossfit,
+            "config": config.model_dump(),
+            "architecture": {"coordinates": denoiser.coordinates, "condition": denoiser.condition},
+            "cells": len(data),
+            "perturbations": [name for name in known.names if name != CONTROL],
+            **training_record(fitted, on, denoiser),
+        },
+    )
+    if scratch is not None:
+        checkpoint.discard_all(scratch, "diffusion")
+
+
+def load_diffusion(weights: str | Path, record: str | Path, device: torch.device) -> tuple[Denoiser, MeanOffsets, DiffusionConfig]:
+    """The trained denoiser in evaluation mode, the decoder's mean offsets, and the config.
+
+    Raises UserError when weights and record do not belong together.
+    """
+    about, stored = read_json(record), checkpoint.load(weights)[0]
+    config = DiffusionConfig.model_validate(about["config"])
+    shape = about["architecture"]
+    network = Denoiser(shape["coordinates"], shape["condition"], config.widths, config.null_token)
+    try:
+        network.load_state_dict(checkpoint.unprefixed("denoiser", stored))
+        offsets = MeanOffsets(stored["offsets.intercept"].to(device), stored["offsets.weight"].to(device))
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"weights do not fit the record: {error}", where=str(weights), fix=f"make both again with {record}") from None
+    return network.to(device).eval(), offsets, config

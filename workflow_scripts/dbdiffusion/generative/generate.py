@@ -1,0 +1,196 @@
+"""Cells and means of perturbations, measured or not, from one cross-fit model.
+
+All perturbations are sampled with common random numbers: the initial noise, the noise of every step, the batches and the stream of the
+decoder's draws are the same for each, so that Monte-Carlo error largely cancels in differences between perturbations. `mc_variance` is that
+of one mean alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dbdiffusion.config.generator import GenerationConfig
+from dbdiffusion.data.sets import EffectSet, MeanSet
+from dbdiffusion.generative import checkpoint
+from dbdiffusion.generative.denoiser import Denoiser
+from dbdiffusion.generative.diffusion import Conditions, Objective, epsilon_of, load_diffusion, sampling_schedule
+from dbdiffusion.generative.offsets import MeanOffsets
+from dbdiffusion.generative.samplers import SAMPLERS
+from dbdiffusion.generative.schedule import NoiseSchedule
+from dbdiffusion.generative.vae import CellVae, load_vae
+from dbdiffusion.runtime.contracts import LOG_UNIT
+from dbdiffusion.runtime.device import resolve_device
+from dbdiffusion.runtime.errors import UserError
+from dbdiffusion.runtime.files import atomic_path, read_json
+from dbdiffusion.runtime.progress import Progress
+from dbdiffusion.runtime.seeds import derive_seed, rng
+
+SEEN = 6
+"""Training perturbations of strongest effect that are generated beside the unseen ones."""
+CHUNK_CELLS = {"cpu": 4096, "cuda": 262144}
+"""Cells that pass through the networks at once."""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A trained pair of networks and how to sample from it."""
+
+    vae: CellVae
+    denoiser: Denoiser
+    offsets: MeanOffsets
+    objective: Objective
+    schedule: NoiseSchedule
+    config: GenerationConfig
+    seed: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.objective.alpha_bar.device
+
+    def stream(self, *labels: object) -> torch.Generator:
+        """A random stream of one use, the same for every perturbation."""
+        return torch.Generator(self.device).manual_seed(derive_seed(self.seed, *labels))
+
+    @torch.no_grad()
+    def coordinates(self, conditions: np.ndarray) -> Tensor:
+        """Sampled latents (R, cells, coordinates) of conditions (R, dimensions)."""
+        shape = (self.config.cells, self.denoiser.coordinates)
+        values = torch.from_numpy(conditions).float().to(self.device)
+
+        def draw(number: int | str) -> Tensor:
+            return torch.randn(shape, generator=self.stream("noise", number), device=self.device)
+
+        start = draw("start").expand(len(values), *shape)
+        epsilon = epsilon_of(self.denoiser, self.objective, values, self.config.guidance)
+        return SAMPLERS[self.config.sampler](epsilon, self.schedule, start, draw)
+
+    def batches(self) -> Tensor:
+        """Batch (cells,) of each generated cell: the control's composition, in random order."""
+        share = self.vae.batch_share.cpu().numpy().astype(float)
+        # Exact quotas instead of draws: a composition that varies by chance would be noise in every mean.
+        edges = np.round(np.cumsum(share / share.sum()) * self.config.cells).astype(int)
+        codes = np.repeat(np.arange(len(share)), np.diff(edges, prepend=0))
+        return torch.from_numpy(rng(self.seed, "batches").permutation(codes)).to(self.device)
+
+    @torch.no_grad()
+    def expression(self, coordinates: Tensor, condition: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Coordinates (cells, c) of the perturbation with embedding `condition` (dimensions,) to cells, mean and Monte-Carlo variance.
+
+        Cells are drawn ln(1 + CP10k) (cells, G). The mean (G,) is that of the decoder's means where the decoder is gaussian, so that no
+        clipping enters it, and of the drawn cells for counts; its Monte-Carlo variance (G,) counts cells as independent.
+        """
+        batch = self.batches()
+        latent, log_library = self.vae.restored(coordinates, batch)
+        decoded = self.vae.decode(latent, batch) + self.offsets(torch.from_numpy(condition).float().to(self.device))
+        cells = self.vae.draw(decoded, log_library, self.stream("decoder"))
+        each = cells if self.vae.counts else decoded
+        return cells, each.double().mean(0).cpu().numpy(), (each.double().var(0) / len(each)).cpu().numpy()
+
+
+def load_generator(
+    vae: str | Path,
+    vae_record: str | Path,
+    diffusion: str | Path,
+    diffusion_record: str | Path,
+    config: GenerationConfig,
+    device: str,
+    seed: int,
+) -> Generator:
+    """The trained networks of one cross-fit model, ready to sample.
+
+    Raises UserError when autoencoder and diffusion model are not of the same fold and cross-fit model.
+    """
+    on = resolve_device(device)
+    first, second = read_json(vae_record), read_json(diffusion_record)
+    if (first["fold"], first["crossfit"]) != (second["fold"], second["crossfit"]):
+        raise UserError("autoencoder and diffusion model of different folds", where=str(diffusion_record), fix="make it again")
+    cells = load_vae(vae, vae_record, on)
+    denoiser, offsets, trained = load_diffusion(diffusion, diffusion_record, on)
+    if not trained.standardise_latent:
+        cells.keep_latent_scale()
+    seed = derive_seed(seed, "generate", first["fold"])
+    return Generator(
+        cells, denoiser, offsets, Objective.make(trained, on), sampling_schedule(trained, config.sampler, config.steps), config, seed
+    )
+
+
+def rows_to_generate(known: Conditions, effects: EffectSet, crossfit: str) -> list[str]:
+    """Unseen perturbations, the control and the strongest seen ones (all of them for cross-fit model `all`), in order of name."""
+    seen = [name for name, role in zip(known.names, known.roles, strict=True) if role == "train"]
+    if crossfit != "all":
+        strength = np.square(effects.subset(seen).effect).sum(axis=1)
+        seen = [seen[i] for i in np.argsort(-strength, kind="stable")[:SEEN]]
+    unseen = known.select(("pseudo", "target", "control")).names
+    return sorted([*unseen, *seen])
+
+
+def write_generated(
+    *,
+    embedding: str | Path,
+    effects: str | Path,
+    vae: str | Path,
+    vae_record: str | Path,
+    diffusion: str | Path,
+    diffusion_record: str | Path,
+    config: GenerationConfig,
+    device: str,
+    seed: int,
+    generated: str | Path,
+    means: str | Path,
+) -> None:
+    """Generate config.cells cells of every unseen perturbation, the control and the strongest seen ones.
+
+    generated: h5ad, X float32 ln(1 + CP10k), the first config.cells_kept cells of each; means: contract `means`. A perturbation without
+    embedding (not locatable) is absent from both.
+    """
+    panel, about = EffectSet.read(effects), read_json(vae_record)
+    if about["genes_digest"] != checkpoint.digest(list(panel.genes)):
+        raise UserError(
+            "the autoencoder was learned on another panel of genes", where=str(vae_record), fix="make it again from these effects"
+        )
+    generator = load_generator(vae, vae_record, diffusion, diffusion_record, config, device, seed)
+    known = Conditions.read(embedding)
+    known = known.take(rows_to_generate(known, panel, about["crossfit"]))
+    kept, mean, variance = [], [], []
+    with Progress(len(known.names), "generate") as progress:
+        at_once = max(1, CHUNK_CELLS[generator.device.type] // config.cells)
+        for first in range(0, len(known.names), at_once):
+            conditions = known.values[first : first + at_once]
+            for coordinates, condition in zip(generator.coordinates(conditions), conditions, strict=True):
+                cells, m, v = generator.expression(coordinates, condition)
+                kept.append(cells[: config.cells_kept].cpu().numpy())
+                mean.append(m)
+                variance.append(v)
+                progress.update(1)
+    MeanSet(known.names, known.roles, panel.genes, np.array(mean), np.array(variance)).write(means)
+    write_cells(kept, known.names, known.roles, [about["crossfit"]] * len(kept), panel.genes, generated)
+
+
+def write_cells(
+    blocks: list[np.ndarray], names: pd.Index, roles: np.ndarray, crossfits: list[str] | list[np.ndarray], genes: pd.Index, path: str | Path
+) -> None:
+    """Write cells (n_i, G) of each perturbation i as one h5ad; crossfits: the model of each block or of each of its cells."""
+    sizes = [len(block) for block in blocks]
+    number = np.concatenate([np.arange(n) for n in sizes])
+    label = np.repeat(np.asarray(names, dtype=object), sizes)
+    obs = pd.DataFrame(
+        {
+            "perturbation": pd.Categorical(label),
+            "role": pd.Categorical(np.repeat(np.asarray(roles, dtype=object), sizes)),
+            "crossfit": pd.Categorical(
+                np.concatenate([np.broadcast_to(np.asarray(c, dtype=object), n) for c, n in zip(crossfits, sizes, strict=True)])
+            ),
+        },
+        index=pd.Index([f"{name}:{i}" for name, i in zip(label, number, strict=True)], name="cell"),
+    )
+    made = ad.AnnData(np.concatenate(blocks).astype(np.float32), obs=obs, var=pd.DataFrame(index=pd.Index(genes.astype(str), name="gene")))
+    made.uns["units"] = LOG_UNIT
+    with atomic_path(path) as temporary:
+        made.write_h5ad(temporary, compression="gzip")

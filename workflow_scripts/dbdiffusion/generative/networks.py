@@ -1,0 +1,43 @@
+"""Building blocks of the networks, and their seeded initialisation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"silu": nn.SiLU, "relu": nn.ReLU, "prelu": nn.PReLU}
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def seeded(build: Callable[[], Network], seed: int) -> Network:
+    """Build a network on the CPU with weights that depend on `seed` alone; the global stream is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def normalisation(kind: str, width: int) -> nn.Module:
+    """`layer`, `batch` (running statistics in evaluation mode) or `none`."""
+    if kind == "layer":
+        return nn.LayerNorm(width)
+    return nn.BatchNorm1d(width) if kind == "batch" else nn.Identity()
+
+
+def trunk(widths: Sequence[int], *, norm: str, activation: str) -> nn.Sequential:
+    """Hidden layers Linear, normalisation, activation from widths[0] to widths[-1]."""
+    layers: list[nn.Module] = []
+    for before, after in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(before, after), normalisation(norm, after), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers)
+
+
+def timestep_embedding(t: Tensor, width: int, period: float = 10000.0) -> Tensor:
+    """Sinusoidal features of integer timesteps t (n,) as (n, width) (Vaswani et al. 2017, 3.5)."""
+    half = width // 2
+    frequency = torch.exp(-math.log(period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+    angle = t.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)

@@ -1,0 +1,84 @@
+"""What the latent loses of a perturbation's mean, given back as a linear function of its embedding.
+
+An autoencoder keeps what many cells share. What one perturbation does alone (the knock-down of its own gene, say) is too small a part of
+the likelihood to earn a latent coordinate, so decoded means are attenuated. The loss is measured on the training cells: decoded from their
+own posterior, a perturbation's cells should have its observed mean. The differences delta_kj, shrunk by their noise, are regressed on the
+perturbation embedding; the decoder of a perturbation with embedding e adds intercept + e W to its means (gaussian) or log rates (nb).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dbdiffusion.generative.latents import Latents
+from dbdiffusion.generative.vae import CellTensors, CellVae
+from dbdiffusion.runtime.seeds import derive_seed
+
+RIDGE = 1.0e-3
+"""Penalty per condition; embeddings have a mean square of 1. Enough to invert, too little to shrink: delta is shrunk already."""
+
+
+@dataclass(frozen=True)
+class MeanOffsets:
+    """intercept (G,), weight (D, G): what is added to the decoder's output at embedding e is intercept + e weight."""
+
+    intercept: Tensor
+    weight: Tensor
+
+    def __call__(self, conditions: Tensor) -> Tensor:
+        """Embeddings (R, D) to offsets (R, G)."""
+        return self.intercept + conditions @ self.weight
+
+    @classmethod
+    def none(cls, dimensions: int, genes: int) -> MeanOffsets:
+        """No correction."""
+        return cls(torch.zeros(genes), torch.zeros(dimensions, genes))
+
+
+@torch.no_grad()
+def residual_means(network: CellVae, data: CellTensors, latents: Latents, seed: int, chunk: int = 4096) -> tuple[Tensor, Tensor]:
+    """delta (U, G) of each condition and its sampling variance (U, G), from all training cells and one draw of each posterior.
+
+    nb: ln((observed + 1/2) / (expected + 1/2)) of total counts, variance 1 / expected + 1 / (r n);
+    gaussian: observed - decoded mean, variance v / n.
+    """
+    groups, device = len(latents.conditions), latents.mean.device
+    observed = torch.zeros(groups, network.genes, dtype=torch.float64, device=device)
+    expected, n = torch.zeros_like(observed), torch.zeros(groups, 1, dtype=torch.float64, device=device)
+    stream = torch.Generator(device).manual_seed(derive_seed(seed, "mean offsets"))
+    for rows in torch.arange(len(latents.mean), device=device).split(chunk):
+        noise = torch.randn((len(rows), latents.mean.shape[1]), generator=stream, device=device)
+        _, seen, log_library, batch = data.rows(rows)
+        latent, _ = network.restored(latents.draw(rows, noise), batch)
+        decoded = network.mean_of(network.decode(latent, batch), log_library)
+        label = latents.label[rows]
+        observed.index_add_(0, label, seen.double())
+        expected.index_add_(0, label, decoded.double())
+        n.index_add_(0, label, torch.ones(len(rows), 1, dtype=torch.float64, device=device))
+    n = n.clamp_min(1)
+    if network.counts:
+        variance = 1 / expected.clamp_min(0.5) + torch.exp(-network.spread.double()) / n
+        return torch.log((observed + 0.5) / (expected + 0.5)), variance
+    return (observed - expected) / n, (network.spread.double().exp() / n).expand_as(observed)
+
+
+def shrunk(delta: Tensor, variance: Tensor) -> Tensor:
+    """delta x tau^2 / (tau^2 + variance), with tau^2 of each condition (row) by moments, weighted by precision, not below 0."""
+    precision = 1 / variance
+    tau2 = ((precision * (delta.square() - variance)).sum(1, keepdim=True) / precision.sum(1, keepdim=True)).clamp_min(0)
+    return delta * tau2 / (tau2 + variance)
+
+
+def fit_offsets(network: CellVae, data: CellTensors, latents: Latents, seed: int) -> MeanOffsets:
+    """Ridge regression of the shrunk residual means on the embeddings, the intercept free."""
+    delta = shrunk(*residual_means(network, data, latents, seed))
+    x = latents.conditions.double()
+    centre, level = x.mean(0), delta.mean(0)
+    x = x - centre
+    # The dual form: there are seldom more conditions than a few hundred.
+    gram = x @ x.T + RIDGE * len(x) * torch.eye(len(x), dtype=x.dtype, device=x.device)
+    weight = x.T @ torch.linalg.solve(gram, delta - level)
+    return MeanOffsets((level - centre @ weight).float(), weight.float())

@@ -1,0 +1,322 @@
+"""The training loop: batches of rows of tensors that already lie on the device, resumable at any step.
+
+Nothing random is carried from step to step. The order of an epoch derives from (seed, epoch), the noise of a step from (seed, step) and the
+learning rate from the step, so a state of weights, optimiser and counters is all that a killed run needs to end with the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dbdiffusion.generative import checkpoint
+from dbdiffusion.runtime.errors import UserError
+from dbdiffusion.runtime.progress import Progress
+from dbdiffusion.runtime.provenance import versions
+from dbdiffusion.runtime.seeds import derive_seed, rng
+
+logger = logging.getLogger(__name__)
+
+EMA_EVERY = 5
+"""Steps between updates of the averaged weights: an update each step costs as much as a third of the optimiser's."""
+CLIP = 1.0
+"""Largest norm of the gradient."""
+
+Loss = Callable[[nn.Module, Tensor, torch.Generator, float], Tensor]
+"""(network, rows (b,), random stream, share of the training done) -> mean loss of the batch."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one training run does; all randomness derives from `seed` and `what`."""
+
+    what: str
+    seed: int
+    rows: np.ndarray
+    """Training rows of the data (validation rows left out)."""
+    batch_size: int
+    max_epochs: int
+    max_steps: int
+    learning_rate: float
+    weight_decay: float
+    ema: float = 0.0
+    """Decay of averaged weights; 0: the last weights."""
+    patience: int = 0
+    """Validations without improvement before stopping; 0: never stop."""
+    grace: float = 0.0
+    """Share of the steps before which nothing counts as best (the objective still changes)."""
+    validations: int = 1000
+    """At most so many validations, evenly over the epochs."""
+    checkpoint_seconds: float = 60.0
+    autocast: torch.dtype | None = None
+
+    @property
+    def batch(self) -> int:
+        return min(self.batch_size, len(self.rows))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return max(1, len(self.rows) // self.batch)
+
+    @property
+    def total_steps(self) -> int:
+        return max(1, min(self.max_epochs * self.steps_per_epoch, self.max_steps))
+
+    @property
+    def validate_every(self) -> int:
+        """Epochs between validations."""
+        return max(1, math.ceil(self.total_steps / self.steps_per_epoch / self.validations))
+
+
+@dataclass
+class Fitted:
+    """weights: the state to keep (CPU); history: one row per validated epoch (epoch, step, train, validation loss)."""
+
+    weights: dict[str, Tensor]
+    history: list[dict[str, float]]
+    seconds: float
+    steps: int
+    best_epoch: int
+
+    @property
+    def steps_per_second(self) -> float:
+        return self.steps / max(self.seconds, 1e-9)
+
+
+@dataclass
+class _State:
+    """Everything that changes while training."""
+
+    step: int = 0
+    seconds: float = 0.0
+    bad: int = 0
+    best: float = math.inf
+    best_epoch: int = 0
+    stopped: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
+    """bfloat16 where asked for, or with `auto` on GPUs that have it; None is float32."""
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
+        return torch.bfloat16
+    return None
+
+
+def learning_rate(step: int, total: int, peak: float, warm_up: int = 50) -> float:
+    """Linear warm-up over `warm_up` steps (at most a tenth of all), then a cosine to 0."""
+    warm_up = min(warm_up, max(1, total // 10))
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic kernels within the block; an operation that has none warns."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Filling new tensors guards against reading them unset, which nothing here does, and costs 5 % of a step.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class Trainer:
+    """One run of training with checkpoints; use `fit`."""
+
+    def __init__(self, network: nn.Module, plan: Plan, device: torch.device, path: Path | None) -> None:
+        self.network, self.plan, self.device, self.path = network.to(device), plan, device, path
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        # Only matrices decay: pulling intercepts and variances to 0 would bias what they estimate.
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": plan.weight_decay},
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimiser = torch.optim.AdamW(groups, lr=plan.learning_rate, fused=True)
+        self.averaged = [p.detach().clone() for p in self.parameters] if plan.ema else []
+        self.running = torch.zeros((), device=device)
+        self.best: dict[str, Tensor] = {}
+        self.state = _State()
+        self.noise = torch.Generator(device)
+        self._order: tuple[int, Tensor] | None = None
+
+    def rows(self, step: int) -> Tensor:
+        """The batch of a step."""
+        epoch, at = divmod(step, self.plan.steps_per_epoch)
+        if self._order is None or self._order[0] != epoch:
+            order = rng(self.plan.seed, self.plan.what, "order", epoch).permutation(self.plan.rows)
+            self._order = epoch, torch.from_numpy(order).to(self.device)
+        return self._order[1][at * self.plan.batch : (at + 1) * self.plan.batch]
+
+    def advance(self, loss: Loss) -> None:
+        """One step of gradient descent."""
+        plan, step = self.plan, self.state.step
+        self.noise.manual_seed(derive_seed(plan.seed, plan.what, "noise", step))
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(step, plan.total_steps, plan.learning_rate)
+        with torch.autocast(self.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
+            value = loss(self.network, self.rows(step), self.noise, step / plan.total_steps)
+        self.optimiser.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(self.parameters, CLIP, foreach=True)
+        self.optimiser.step()
+        self.running += value.detach()
+        self.state.step = step + 1
+        if self.averaged and self.state.step % EMA_EVERY == 0:
+            updates = self.state.step // EMA_EVERY
+            decay = min(plan.ema**EMA_EVERY, updates / (updates + 10))
+            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextlib.contextmanager
+    def evaluated(self) -> Iterator[nn.Module]:
+        """The network in evaluation mode, with the averaged weights in place where there are any."""
+        current = [p.detach().clone() for p in self.parameters] if self.averaged else []
+        if self.averaged:
+            torch._foreach_copy_([p.data for p in self.parameters], self.averaged)
+        self.network.eval()
+        try:
+            with torch.no_grad():
+                yield self.network
+        finally:
+            if current:
+                torch._foreach_copy_([p.data for p in self.parameters], current)
+            self.network.train()
+
+    def close_epoch(self, validate: Callable[[nn.Module], float] | None) -> None:
+        """At the end of an epoch: held-out loss, best weights, stopping."""
+        plan, state = self.plan, self.state
+        epoch, rest = divmod(state.step, plan.steps_per_epoch)
+        last = state.step == plan.total_steps
+        if rest and not last:
+            return
+        if not last and epoch % plan.validate_every:
+            return
+        span = state.step - (int(state.history[-1]["step"]) if state.history else 0)
+        row = {"epoch": epoch, "step": state.step, "train": float(self.running) / max(1, span)}
+        self.running.zero_()
+        with self.evaluated() as network:
+            if validate is not None:
+                row["validation"] = validate(network)
+            score = row.get("validation", row["train"])
+            if not math.isfinite(score):
+                raise UserError(
+                    f"training of {plan.what} diverged at step {state.step} (loss {score})",
+                    where="config key learning_rate",
+                    fix=f"lower it (now {plan.learning_rate:g}) or look for cells with extreme counts",
+                )
+            counts = state.step >= plan.grace * plan.total_steps
+            if counts and (score < state.best or validate is None):
+                state.best, state.best_epoch, state.bad = score, epoch, 0
+                self.best = {name: value.detach().clone() for name, value in network.state_dict().items()}
+            elif counts:
+                state.bad += 1
+        state.history.append(row)
+        state.stopped = bool(plan.patience) and state.bad >= plan.patience
+
+    def save(self) -> None:
+        """Write the training state."""
+        moments = self.optimiser.state_dict()["state"]
+        tensors = {
+            **checkpoint.prefixed("network", self.network.state_dict()),
+            **checkpoint.prefixed("best", self.best),
+            **{f"averaged.{i}": value for i, value in enumerate(self.averaged)},
+            **{f"optimiser.{i}.{name}": value for i, entry in moments.items() for name, value in entry.items()},
+            "running": self.running,
+        }
+        checkpoint.save(self.path, tensors, vars(self.state))
+
+    def resume(self) -> bool:
+        """Continue from a stored training state, if there is a whole one."""
+        stored = checkpoint.load_if_whole(self.path) if self.path is not None else None
+        if stored is None:
+            return False
+        tensors, state = stored
+        self.network.load_state_dict(checkpoint.unprefixed("network", tensors))
+        self.best = {k: v.to(self.device) for k, v in checkpoint.unprefixed("best", tensors).items()}
+        for i, value in enumerate(self.averaged):
+            checkpoint.same_dtype_copy(value, tensors[f"averaged.{i}"])
+        moments: dict[int, dict[str, Any]] = {}
+        for name, value in checkpoint.unprefixed("optimiser", tensors).items():
+            index, _, entry = name.partition(".")
+            moments.setdefault(int(index), {})[entry] = value
+        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
+        checkpoint.same_dtype_copy(self.running, tensors["running"])
+        self.state = _State(**state)
+        logger.info("%s resumes at step %d of %d", self.plan.what, self.state.step, self.plan.total_steps)
+        return True
+
+
+def fit(
+    network: nn.Module,
+    loss: Loss,
+    plan: Plan,
+    *,
+    device: torch.device,
+    validate: Callable[[nn.Module], float] | None = None,
+    path: Path | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Fitted:
+    """Train `network` and return the weights of the best validated epoch (of the last one without validation).
+
+    loss: see `Loss`; validate: mean held-out loss of a network in evaluation mode, the same noise at every call; path: file of the
+    training state, written every plan.checkpoint_seconds and left to the caller to remove; on_step: called after each step with its number.
+    """
+    with deterministic():
+        trainer = Trainer(network, plan, device, path)
+        trainer.resume()
+        network.train()
+        state, began = trainer.state, time.monotonic()
+        before, saved = state.seconds, began
+        with Progress(plan.total_steps, plan.what, start=state.step) as progress:
+            while state.step < plan.total_steps and not state.stopped:
+                trainer.advance(loss)
+                trainer.close_epoch(validate)
+                state.seconds = before + time.monotonic() - began
+                shown = {k: v for k, v in (state.history[-1] if state.history else {}).items() if k in ("train", "validation")}
+                progress.update(1, **shown)
+                if path is not None and time.monotonic() - saved >= plan.checkpoint_seconds:
+                    trainer.save()
+                    saved = time.monotonic()
+                if on_step is not None:
+                    on_step(state.step)
+        weights = {name: value.cpu().contiguous() for name, value in trainer.best.items()}
+        return Fitted(weights, state.history, state.seconds, state.step, state.best_epoch)
+
+
+def split_rows(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows for training and for validation (both sorted); validation may be empty."""
+    held = int(round(share * n)) if n >= 20 else 0
+    order = rng(seed, "validation").permutation(n)
+    return np.sort(order[held:]), np.sort(order[:held])
+
+
+def training_record(fitted: Fitted, device: torch.device, network: nn.Module) -> dict:
+    """What every record says of its training."""
+    return {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "history": fitted.history,
+        "best_epoch": fitted.best_epoch,
+        "steps": fitted.steps,
+        "seconds": round(fitted.seconds, 3),
+        "steps_per_second": round(fitted.steps_per_second, 3),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+        "versions": versions("torch", "numpy", "safetensors"),
+    }

@@ -1,0 +1,350 @@
+"""The autoencoder of cells: expression to latent and back.
+
+`kind: vae` has a reparameterised latent and one of two decoders.
+
+- `gaussian`: ln(1 + CP10k) of gene j ~ N(m_j(z, batch), v_j), v_j learned. Its mean is exact, but draws are clipped at 0, so zero
+  fractions are only approximate.
+- `nb`: counts of gene j ~ NB(mean L exp(m_j(z, batch)) / 1e4, inverse dispersion r_j), L the library size. L is generated with the
+  cell: its logarithm, standardised within batch, is one more latent coordinate, since state and depth go together.
+
+Batches enter as a covariate of encoder and decoder and are generated in the control's composition, as effects are batch-matched.
+`kind: autoencoder` is the published design: unit-norm latent, squared error, no noise in the decoder.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dbdiffusion.config.generator import VaeConfig
+from dbdiffusion.data.sets import EffectSet
+from dbdiffusion.generative import checkpoint
+from dbdiffusion.generative.cells import TARGET_SUM, Cells, Matrix, load_cells
+from dbdiffusion.generative.likelihood import nb_negative_log_likelihood
+from dbdiffusion.generative.networks import seeded, trunk
+from dbdiffusion.generative.training import Fitted, Plan, autocast_type, fit, split_rows, training_record
+from dbdiffusion.runtime.device import resolve_device
+from dbdiffusion.runtime.errors import UserError
+from dbdiffusion.runtime.files import read_json, write_json
+from dbdiffusion.runtime.seeds import derive_seed
+
+MIN_GENE_SD = 0.05
+"""Genes that hardly vary are not blown up beyond this standard deviation at the encoder's input."""
+LIBRARY_LIMIT = (-4.0, 4.0)
+"""Range of generated library sizes, in standard deviations of their logarithm."""
+LOG_RATE_LIMIT = (-12.0, 10.0)
+"""Range of the decoder's ln CP10k: e^10 is 22,000 of 10,000 counts."""
+
+
+class CellVae(nn.Module):
+    """Encoder and decoder. genes, batches: numbers of genes and batches."""
+
+    def __init__(self, genes: int, batches: int, config: VaeConfig) -> None:
+        super().__init__()
+        self.config, self.genes = config, genes
+        self.latent = min(config.latent, genes)
+        self.covariates = batches if batches > 1 else 0
+        self.variational = config.kind == "vae"
+        style = {"norm": config.norm, "activation": config.activation}
+        self.encoder = trunk([genes + self.covariates, *config.hidden], **style)
+        self.to_latent = nn.Linear(config.hidden[-1], self.latent * (2 if self.variational else 1))
+        self.decoder = trunk([self.latent + self.covariates, *reversed(config.hidden)], **style)
+        self.to_genes = nn.Linear(config.hidden[0] + self.covariates, genes)
+        # gaussian: ln v_j; nb: ln r_j; unused by the autoencoder.
+        self.spread = nn.Parameter(torch.zeros(genes), requires_grad=self.variational)
+        self.register_buffer("input_mean", torch.zeros(genes))
+        self.register_buffer("input_sd", torch.ones(genes))
+        self.register_buffer("library_mean", torch.zeros(batches))
+        self.register_buffer("library_sd", torch.ones(()))
+        self.register_buffer("batch_share", torch.full((batches,), 1.0 / batches))
+        self.register_buffer("latent_mean", torch.zeros(self.latent))
+        self.register_buffer("latent_sd", torch.ones(self.latent))
+
+    @property
+    def counts(self) -> bool:
+        """Whether the decoder is a distribution of counts."""
+        return self.variational and self.config.likelihood == "nb"
+
+    @property
+    def coordinates(self) -> int:
+        """Width of what the diffusion model learns: the latent, and the library size for counts."""
+        return self.latent + int(self.counts)
+
+    def start_from(self, cells: Cells) -> None:
+        """Set input scaling, library moments and the decoder's intercepts from the training cells."""
+        mean, sd = gene_moments(cells.expression)
+        self.input_mean.copy_(torch.from_numpy(mean))
+        self.input_sd.copy_(torch.from_numpy(np.maximum(sd, MIN_GENE_SD)))
+        size = np.maximum(np.bincount(cells.batch, minlength=len(cells.batches)), 1)
+        library = np.bincount(cells.batch, weights=cells.log_library, minlength=len(cells.batches)) / size
+        self.library_mean.copy_(torch.from_numpy(library))
+        self.library_sd.fill_(max(float(np.std(cells.log_library - library[cells.batch])), 1e-3))
+        self.batch_share.copy_(torch.from_numpy(cells.batch_share()))
+        with torch.no_grad():
+            if self.counts:
+                total = np.asarray(cells.counts.sum(axis=0)).ravel()
+                rate = (total + 0.5) / np.exp(cells.log_library).sum() * TARGET_SUM
+                self.to_genes.bias.copy_(torch.from_numpy(np.log(rate)))
+                self.spread.fill_(1.0)
+            else:
+                self.to_genes.bias.copy_(torch.from_numpy(mean))
+                self.spread.copy_(torch.from_numpy(2 * np.log(np.maximum(sd, MIN_GENE_SD))))
+
+    def keep_latent_scale(self) -> None:
+        """Diffuse the latent as it is (published design) instead of standardised."""
+        self.latent_mean.zero_()
+        self.latent_sd.fill_(1.0)
+
+    def _with_batch(self, values: Tensor, batch: Tensor) -> Tensor:
+        if not self.covariates:
+            return values
+        return torch.cat([values, F.one_hot(batch, self.covariates).to(values.dtype)], dim=1)
+
+    def encode(self, expression: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """ln(1 + CP10k) (n, G) to the latent's mean and log variance, each (n, latent); the autoencoder's log variance is -inf."""
+        scaled = (expression - self.input_mean) / self.input_sd
+        out = self.to_latent(self.encoder(self._with_batch(scaled, batch))).float()
+        if self.variational:
+            mean, log_variance = out.chunk(2, dim=1)
+            return mean, log_variance.clamp(-12.0, 6.0)
+        mean = F.normalize(out, dim=1)
+        return mean, torch.full_like(mean, -math.inf)
+
+    def decode(self, latent: Tensor, batch: Tensor) -> Tensor:
+        """Latent (n, latent) to mean ln(1 + CP10k) (gaussian, autoencoder) or to ln of the rate per 10,000 counts (nb), (n, G)."""
+        hidden = self.decoder(self._with_batch(latent, batch))
+        out = self.to_genes(self._with_batch(hidden, batch)).float()
+        return out.clamp(*LOG_RATE_LIMIT) if self.counts else out
+
+    def negative_log_likelihood(self, decoded: Tensor, observed: Tensor, log_library: Tensor) -> Tensor:
+        """Per cell, summed over genes, in nats up to a constant of the data; squared error for the autoencoder.
+
+        observed: ln(1 + CP10k) or counts (n, G); log_library: (n,).
+        """
+        if not self.variational:
+            return (decoded - observed).square().sum(1)
+        if not self.counts:
+            return 0.5 * ((decoded - observed).square() * torch.exp(-self.spread) + self.spread).sum(1)
+        log_mean = decoded + (log_library - math.log(TARGET_SUM))[:, None]
+        return nb_negative_log_likelihood(observed, log_mean, self.spread)
+
+    def standardised(self, latent: Tensor, log_library: Tensor, batch: Tensor) -> Tensor:
+        """Latent (n, latent) in units of its training standard deviation, with the library coordinate for counts: (n, coordinates)."""
+        out = (latent - self.latent_mean) / self.latent_sd
+        if not self.counts:
+            return out
+        return torch.cat([out, ((log_library - self.library_mean[batch]) / self.library_sd)[:, None]], dim=1)
+
+    def restored(self, coordinates: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverse of `standardised`: latent (n, latent) and ln library size (n,) (the batch's mean where it is not generated)."""
+        latent = coordinates[:, : self.latent] * self.latent_sd + self.latent_mean
+        # A library size is exponentiated: one far outside those seen would be a cell of 10^9 counts.
+        deviation = coordinates[:, self.latent].clamp(*LIBRARY_LIMIT) * self.library_sd if self.counts else 0.0
+        return latent, self.library_mean[batch] + deviation
+
+    def mean_of(self, decoded: Tensor, log_library: Tensor) -> Tensor:
+        """The likelihood's mean of what it sees: ln(1 + CP10k) as decoded, or counts."""
+        return torch.exp(decoded + (log_library - math.log(TARGET_SUM))[:, None]) if self.counts else decoded
+
+    def draw(self, decoded: Tensor, log_library: Tensor, stream: torch.Generator) -> Tensor:
+        """One draw of the cells' ln(1 + CP10k) from the decoder's likelihood, (n, G), not below 0."""
+        if not self.variational:
+            return decoded.clamp_min(0)
+        if not self.counts:
+            noise = torch.randn(decoded.shape, generator=stream, device=decoded.device)
+            return (decoded + noise * torch.exp(0.5 * self.spread)).clamp_min(0)
+        log_mean = decoded + (log_library - math.log(TARGET_SUM))[:, None]
+        shape = torch.exp(self.spread).expand_as(decoded)
+        rate = torch._standard_gamma(shape, generator=stream) * torch.exp(log_mean - self.spread)
+        counts = torch.poisson(rate, generator=stream)
+        return torch.log1p(counts * (TARGET_SUM * torch.exp(-log_library))[:, None])
+
+
+def gene_moments(expression) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation (G,) of the columns of a sparse matrix."""
+    n = expression.shape[0]
+    mean = np.asarray(expression.sum(axis=0), dtype=float).ravel() / n
+    square = np.asarray(expression.multiply(expression).sum(axis=0), dtype=float).ravel() / n
+    return mean, np.sqrt(np.maximum(square - mean**2, 0.0))
+
+
+def kl_to_standard_normal(mean: Tensor, log_variance: Tensor, free_bits: float = 0.0) -> Tensor:
+    """KL(N(mean, variance) || N(0, 1)) in nats, batch mean per dimension, summed over dimensions; scalar.
+
+    Of each dimension only what exceeds `free_bits` counts (Kingma et al. 2016).
+    """
+    each = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean(0)
+    return (each - free_bits).clamp_min(0).sum() if free_bits > 0 else each.sum()
+
+
+@dataclass
+class CellTensors:
+    """The training cells on the device."""
+
+    observed: Matrix
+    """Counts for the negative binomial, else ln(1 + CP10k)."""
+    log_library: Tensor
+    batch: Tensor
+    counts: bool
+
+    @classmethod
+    def make(cls, cells: Cells, counts: bool, device: torch.device) -> CellTensors:
+        return cls(
+            Matrix(cells.counts if counts else cells.expression, device),
+            torch.from_numpy(cells.log_library).float().to(device),
+            torch.from_numpy(cells.batch.astype(np.int64)).to(device),
+            counts,
+        )
+
+    def rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Expression, what the likelihood sees, ln library size and batch of some cells."""
+        observed, log_library = self.observed[rows], self.log_library[rows]
+        expression = observed
+        if self.counts:
+            expression = torch.log1p(observed * (TARGET_SUM * torch.exp(-log_library))[:, None])
+        return expression, observed, log_library, self.batch[rows]
+
+
+def vae_loss(data: CellTensors, config: VaeConfig):
+    """The training loss per gene: negative log-likelihood + warmed-up weight x KL."""
+
+    def loss(network: CellVae, rows: Tensor, stream: torch.Generator | None, share: float) -> Tensor:
+        expression, observed, log_library, batch = data.rows(rows)
+        mean, log_variance = network.encode(expression, batch)
+        if not network.variational:
+            return network.negative_log_likelihood(network.decode(mean, batch), observed, log_library).mean() / network.genes
+        noise = torch.randn(mean.shape, generator=stream, device=mean.device)
+        latent = mean + noise * torch.exp(0.5 * log_variance)
+        misfit = network.negative_log_likelihood(network.decode(latent, batch), observed, log_library).mean()
+        warm = min(1.0, share / config.kl_warmup_share) if config.kl_warmup_share > 0 else 1.0
+        weighted = config.kl_weight * warm * kl_to_standard_normal(mean, log_variance, config.free_bits)
+        return (misfit + weighted) / network.genes
+
+    return loss
+
+
+def vae_validation(data: CellTensors, config: VaeConfig, rows: np.ndarray, seed: int):
+    """Held-out loss at the full KL weight, with the same noise at every call; None without held-out cells."""
+    if not len(rows):
+        return None
+    loss, held = vae_loss(data, config), torch.from_numpy(rows).to(data.batch.device)
+
+    def validate(network: CellVae) -> float:
+        stream = torch.Generator(data.batch.device).manual_seed(derive_seed(seed, "validation noise"))
+        parts = [(loss(network, part, stream, 1.0), len(part)) for part in held.split(2048)]
+        return float(sum(float(value) * n for value, n in parts) / len(held))
+
+    return validate
+
+
+@torch.no_grad()
+def encode_all(network: CellVae, data: CellTensors, chunk: int = 4096) -> tuple[Tensor, Tensor]:
+    """Posterior mean and standard deviation of every cell, each (n, latent); the autoencoder's deviation is 0."""
+    rows = torch.arange(data.observed.shape[0], device=data.batch.device)
+    means, deviations = [], []
+    for part in rows.split(chunk):
+        expression, _, _, batch = data.rows(part)
+        mean, log_variance = network.encode(expression, batch)
+        means.append(mean)
+        deviations.append(torch.exp(0.5 * log_variance))
+    return torch.cat(means), torch.cat(deviations)
+
+
+def fit_vae(
+    cells: Cells, config: VaeConfig, *, device: torch.device, seed: int, scratch: str | Path | None = None, on_step=None
+) -> tuple[CellVae, Fitted]:
+    """Train on the cells; the network comes back on the device in evaluation mode, with the moments of its latents."""
+    network = seeded(lambda: CellVae(len(cells.genes), len(cells.batches), config), derive_seed(seed, "vae", "weights"))
+    network.start_from(cells)
+    train, held = split_rows(len(cells), config.validation_share, derive_seed(seed, "vae"))
+    plan = Plan(
+        what="vae",
+        seed=seed,
+        rows=train,
+        batch_size=config.batch_size,
+        max_epochs=config.max_epochs,
+        max_steps=config.max_steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        patience=config.patience,
+        grace=config.kl_warmup_share if network.variational and config.kl_weight > 0 else 0.0,
+        checkpoint_seconds=config.checkpoint_seconds,
+        autocast=autocast_type(config.precision, device),
+    )
+    key = checkpoint.digest(
+        config.model_dump(), seed, cells.expression.data, cells.expression.indices, cells.log_library, cells.batch, cells.genes
+    )
+    path = checkpoint.scratch_file(scratch, "vae", key)
+    data = CellTensors.make(cells, network.counts, device)
+    fitted = fit(
+        network, vae_loss(data, config), plan, device=device, validate=vae_validation(data, config, held, seed), path=path, on_step=on_step
+    )
+    network.load_state_dict(fitted.weights)
+    network.eval()
+    mean, deviation = encode_all(network, data)
+    network.latent_mean.copy_(mean.mean(0))
+    # The spread of the aggregate posterior: what the diffusion model learns are draws from it.
+    network.latent_sd.copy_((mean.var(0, unbiased=False) + deviation.square().mean(0)).sqrt().clamp_min(1e-6))
+    return network, fitted
+
+
+def write_vae(
+    *,
+    cells: str | Path,
+    splits: str | Path,
+    effects: str | Path,
+    fold: str,
+    crossfit: str,
+    config: VaeConfig,
+    device: str,
+    seed: int,
+    scratch: str | Path | None,
+    weights: str | Path,
+    record: str | Path,
+) -> None:
+    """Learn the autoencoder of cross-fit model `crossfit` of `fold` from its own perturbations' cells and the control's.
+
+    weights: safetensors; record: JSON with config, architecture, loss history and cost. A killed training resumes from `scratch`.
+    """
+    panel = EffectSet.read(effects)
+    data = load_cells(cells, splits, panel, fold=fold, crossfit=crossfit)
+    on = resolve_device(device)
+    seed = derive_seed(seed, "vae", fold, crossfit)
+    network, fitted = fit_vae(data, config, device=on, seed=seed, scratch=scratch)
+    checkpoint.save(weights, network.state_dict())
+    write_json(
+        record,
+        {
+            "fold": fold,
+            "crossfit": crossfit,
+            "config": config.model_dump(),
+            "architecture": {"genes": network.genes, "latent": network.latent, "coordinates": network.coordinates, "batches": data.batches},
+            "genes_digest": checkpoint.digest(data.genes),
+            "cells": len(data),
+            "perturbations": sorted(set(data.perturbation)),
+            **training_record(fitted, on, network),
+        },
+    )
+    if scratch is not None:
+        checkpoint.discard_all(scratch, "vae")
+
+
+def load_vae(weights: str | Path, record: str | Path, device: torch.device) -> CellVae:
+    """The trained autoencoder in evaluation mode.
+
+    Raises UserError when weights and record do not belong together.
+    """
+    about = read_json(record)
+    shape = about["architecture"]
+    network = CellVae(shape["genes"], len(shape["batches"]), VaeConfig.model_validate(about["config"]))
+    try:
+        network.load_state_dict(checkpoint.load(weights)[0])
+    except RuntimeError as error:
+        raise UserError(f"weights do not fit the record: {error}", where=str(weights), fix=f"make both again with {record}") from None
+    return network.to(device).eval()
