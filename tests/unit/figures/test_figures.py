@@ -1,0 +1,304 @@
+"""Every figure is drawn from valid inputs, without text that leaves the page, and the same inputs give the same bytes."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pandas as pd
+import pytest
+from figure_inputs import FOLD, write_calibration, write_clusters, write_compute, write_record, write_scores
+from PIL import Image
+
+from dbdiffusion.config.embedding import EmbeddingConfig
+from dbdiffusion.data.moments import Moments
+from dbdiffusion.data.sets import EffectSet
+from dbdiffusion.data.splits import Splits
+from dbdiffusion.figures import (
+    calibration,
+    cells,
+    compute,
+    gene_map,
+    intervals,
+    location,
+    maps,
+    observed,
+    perturbation_map,
+    predicted_observed,
+    qc,
+    scores,
+    study,
+    style,
+    training,
+)
+from dbdiffusion.perturbations.effects import estimate_effects
+from dbdiffusion.perturbations.embedding import embed
+from dbdiffusion.runtime import contracts
+from dbdiffusion.runtime.errors import UserError
+
+DPI = 60
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Coarse pictures: what is tested is what they show, not how finely."""
+    for key in ("figure.dpi", "savefig.dpi"):
+        monkeypatch.setitem(style.STYLE, key, DPI)
+
+
+def good(out, caplog, *, width: float | None = None, ink: float = 0.003) -> np.ndarray:
+    """The picture, after checking that both files are real, that there is something on it, and that no text was cut."""
+    assert out["pdf"].read_bytes().startswith(b"%PDF")
+    image = np.asarray(Image.open(out["png"]).convert("L"))
+    assert (image < 200).mean() > ink
+    # A page has a clean margin: nothing runs over its edge.
+    assert image[[0, -1]].min() > 240
+    assert image[:, [0, -1]].min() > 240
+    if width is not None:
+        assert abs(image.shape[1] - width / 25.4 * DPI) <= 1
+    assert not [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+    return image
+
+
+def test_qc(made, out, caplog):
+    qc.draw_qc(cells=made.cells, summary=made.summary, on_target=made.on_target, **out)
+    good(out, caplog, width=style.PAGE)
+
+
+def test_cells_of_the_file_are_counted(made):
+    table = qc.read_cells(made.cells)
+    assert len(table) == len(Splits.read(made.splits).halves)
+    assert table["genes"].between(1, 80).all()
+
+
+@pytest.mark.parametrize("n", [4, 300])
+def test_maps(n, tmp_path, out, caplog, monkeypatch):
+    monkeypatch.setattr(maps, "MAX_LABELS", 15)
+    write_clusters(tmp_path / "clusters.parquet", n, 2 * n, seed=1, clusters=min(n, 24))
+    perturbation_map.draw_perturbation_map(clusters=tmp_path / "clusters.parquet", **out)
+    good(out, caplog, width=style.PAGE, ink=0.0008)
+    gene_map.draw_gene_map(clusters=tmp_path / "clusters.parquet", perturbed=["G000", "G003", "ABSENT"], **out)
+    good(out, caplog, width=style.PAGE, ink=0.0008)
+
+
+def test_labels_are_capped_and_come_from_every_cluster():
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame({"cluster": np.repeat(list("abc"), [500, 30, 2]), "x": random.normal(size=532), "y": random.normal(size=532)})
+    picked = maps.pick_labels(frame, 12)
+    assert len(picked) == 12
+    assert frame["cluster"].iloc[picked].value_counts().to_dict() == {"a": 5, "b": 5, "c": 2}
+
+
+def test_cells(made, out, caplog):
+    cells.draw_cells(cells=made.cells, generated=made.generated, locations=made.locations, targets=made.targets, **out)
+    good(out, caplog, width=style.PAGE)
+
+
+def test_cells_of_one_target_and_of_none(made, out, caplog):
+    keys = {"cells": made.cells, "generated": made.generated, "locations": made.locations}
+    cells.draw_cells(targets=[made.targets[0]], **keys, **out)
+    good(out, caplog)
+    cells.draw_cells(targets=["NOBODY"], **keys, **out)
+    good(out, caplog, ink=0)
+
+
+def test_cells_on_the_map_are_what_they_are_called(made):
+    target = made.targets[0]
+    near = cells.neighbours_of(made.locations, target)
+    sets = cells.gather(made.cells, made.generated, [target], {target: near}, seed=0)
+    assert near
+    assert target not in near
+    assert len(sets.of("generated", [target])) == 60
+    expression = estimate_effects(Moments.read(made.moments), [target], EffectSet.read(made.effects).genes)
+    rows = sets.of("real", [target])
+    assert len(rows) == expression.n_cells[0]
+    assert sets.expression[rows].mean(axis=0) == pytest.approx(
+        expression.effect[0] + sets.expression[sets.of("control", ["control"])].mean(axis=0), abs=0.2
+    )
+
+
+def test_predicted_observed(made, out, caplog):
+    de = made.root / "de.parquet"
+    predicted_observed.draw_predicted_observed(de=de, moments=made.moments, targets=[*made.targets[:2], made.targets[-1], "NOBODY"], **out)
+    good(out, caplog, width=style.PAGE)
+
+
+@pytest.mark.parametrize("count", [0, 1, 6])
+def test_predicted_observed_with_any_number_of_targets(count, made, out, caplog):
+    predicted_observed.draw_predicted_observed(de=made.root / "de.parquet", moments=None, targets=made.targets[:count], **out)
+    good(out, caplog, ink=0 if count == 0 else 0.003)
+
+
+def test_a_method_without_rows_is_named(made, out):
+    with pytest.raises(UserError, match="did you mean 'stacked'"):
+        predicted_observed.draw_predicted_observed(de=made.root / "de.parquet", moments=None, targets=made.targets, method="staked", **out)
+
+
+def test_observed_halves_share_no_cell(made):
+    target = made.targets[0]
+    genes = list(EffectSet.read(made.effects).genes)
+    found = observed.observe(made.moments, [target, "NOBODY"], genes)
+    assert list(found) == [target]
+    moments = Moments.read(made.moments)
+    by_hand = {}
+    for half in "AB":
+        by_hand[half] = estimate_effects(moments, [target], genes, half=half, control_half=half)
+    assert found[target]["effect"].to_numpy() == pytest.approx(by_hand["B"].effect[0])
+    assert found[target]["replicate"].to_numpy() == pytest.approx(by_hand["A"].effect[0])
+    assert found[target]["n_cells"].iloc[0] == by_hand["B"].n_cells[0]
+
+
+def test_intervals(made, out, caplog):
+    intervals.draw_intervals(de=made.root / "de.parquet", moments=made.moments, target=made.targets[0], method="stacked", **out)
+    good(out, caplog, width=style.COLUMN)
+
+
+@pytest.mark.parametrize("target", ["NOBODY", "not in the table", -1])
+def test_intervals_without_observation_or_estimate(target, made, out, caplog):
+    target = made.targets[-1] if target == -1 else target
+    intervals.draw_intervals(de=made.root / "de.parquet", moments=made.moments, target=target, **out)
+    good(out, caplog, ink=0.001)
+
+
+def test_genes_of_the_interval_figure_are_chosen_by_the_prediction():
+    rows = pd.DataFrame(
+        {"lfc": [0.1, -2.0, 3.0, 0.5, np.nan], "se": [0.1, 4.0, 1.0, 0.1, np.nan], "call": ["up", "none", "none", "none", "no_call"]},
+        index=["called", "unsure", "large", "small", "missing"],
+    )
+    # The called gene first, then by |lfc| / se; shown in order of lfc.
+    assert list(intervals.choose_genes(rows, 3).index) == ["called", "small", "large"]
+    assert list(intervals.choose_genes(rows, 9).index) == ["unsure", "called", "small", "large"]
+
+
+def test_share_within_the_interval_counts_the_observations_error():
+    rows = pd.DataFrame({"ci_low": [-1.0] * 3, "ci_high": [1.0] * 3}, index=list("abc"))
+    truth = pd.DataFrame({"effect": [0.9, 1.3, 1.5], "se": [0.0, 0.5, 0.5]}, index=list("abc"))
+    # Half widths: 1, hypot(1, 0.98) = 1.4, the same; so the third is out.
+    assert intervals.observed_share(rows, truth, 0.95) == (pytest.approx(2 / 3), 3)
+
+
+def test_scores(made, out, caplog):
+    scores.draw_scores(scores=made.scores, bootstrap=200, **out)
+    good(out, caplog, width=style.PAGE)
+
+
+def test_scores_of_one_target_or_one_method_or_none(made, tmp_path, out, caplog):
+    path = tmp_path / "scores.parquet"
+    write_scores(path, ["A"], seed=0)
+    scores.draw_scores(scores=path, bootstrap=200, **out)
+    good(out, caplog, width=style.PAGE)
+    write_scores(path, [f"T{i}" for i in range(300)], seed=0, methods=("dbdiffusion",))
+    scores.draw_scores(scores=path, bootstrap=200, **out)
+    good(out, caplog, width=style.PAGE)
+    contracts.SCORES.write(contracts.SCORES.read(made.scores).iloc[:0], path)
+    scores.draw_scores(scores=path, **out)
+    good(out, caplog, ink=0)
+
+
+def test_score_panels_take_the_largest_gene_set():
+    summary = pd.DataFrame({"metric": ["pearson_delta"] * 3 + ["mse"], "genes": ["all", "20", "300", "20"]})
+    assert scores.choose_panels(summary) == [("pearson_delta", "all"), ("pearson_delta", "300")]
+    assert scores.choose_panels(summary[summary["metric"] == "mse"]) == [("mse", "20")]
+
+
+@pytest.mark.parametrize("models", [0, 1, 3, 20])
+def test_training(models, tmp_path, out, caplog):
+    vae = [write_record(tmp_path / f"vae{i}.json", fold=str(i // 3), crossfit=str(i % 3), level=0.3) for i in range(models)]
+    diffusion = [
+        write_record(tmp_path / f"d{i}.json", fold=str(i // 3), crossfit=str(i % 3), level=0.1, validation=False) for i in range(models)
+    ]
+    training.draw_training(vae=vae, diffusion=diffusion, **out)
+    good(out, caplog, width=style.PAGE, ink=0.0005)
+
+
+def test_the_kept_weights_are_ringed():
+    record = {"history": [{"epoch": e, "step": 10 * e, "train": 1.0, "validation": 1.0 / e} for e in (2, 4, 6)], "best_epoch": 4}
+    step, _, held = training.curve(record)
+    assert training.best_row(record) == 1
+    assert step.tolist() == [20, 40, 60]
+    assert held[1] == 0.25
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_compute(gpu, tmp_path, out, caplog):
+    write_compute(tmp_path / "compute.parquet", gpu=gpu)
+    compute.draw_compute(compute=tmp_path / "compute.parquet", **out)
+    good(out, caplog, width=style.PAGE)
+
+
+@pytest.mark.parametrize(("seconds", "expected"), [(90.0, (1.0, "s")), (600.0, (60.0, "min")), (9000.0, (3600.0, "h"))])
+def test_units_of_time(seconds, expected):
+    assert compute.time_unit(seconds) == expected
+
+
+@pytest.mark.parametrize("checks", [None, ("coverage",), ("permutation_fdr", "control_guides_p"), ("power", "power_replicate", "fdr"), ()])
+def test_calibration(checks, tmp_path, out, caplog):
+    write_calibration(tmp_path / "calibration.parquet", seed=0, checks=checks)
+    calibration.draw_calibration(calibration=tmp_path / "calibration.parquet", **out)
+    good(out, caplog, width=style.PAGE, ink=0 if checks == () else 0.002)
+
+
+def test_predictors_are_compared_at_one_rate(tmp_path):
+    write_calibration(tmp_path / "calibration.parquet", seed=0)
+    table = contracts.CALIBRATION.read(tmp_path / "calibration.parquet").astype({"check": str, "method": str, "stratum": str})
+    found = calibration.predictors(table).set_index(["test", "predictor"])
+    assert set(found["level"]) == {0.1}
+    assert found.loc[("selection", ""), "fdr"] == pytest.approx(0.07)
+    assert found.loc[("selection", "knn"), "power"] == pytest.approx(0.17)
+    assert set(calibration.default_only(table)["method"]) >= {"t", "selection"}
+    assert not calibration.default_only(table)["method"].str.contains("knn").any()
+
+
+def test_location(made, out, caplog):
+    keys = {"effects": made.effects, "moments": made.moments, "locations": made.locations}
+    location.draw_location(embedding=made.embedding, targets=made.targets, **keys, **out)
+    good(out, caplog, width=style.PAGE)
+    location.draw_location(embedding=made.embedding, targets=["NOBODY"], **keys, **out)
+    good(out, caplog, width=style.PAGE, ink=0.001)
+
+
+@pytest.mark.parametrize("scale", ["standard_error", "gene_sd"])
+def test_training_perturbations_are_projected_on_themselves(made, scale):
+    effects = EffectSet.read(made.effects)
+    learned = effects.subset(effects.perturbations[:5])
+    embedding = embed(learned, EmbeddingConfig(scale=scale))
+    place = pd.DataFrame(np.vstack([embedding.scores, embedding.control]), index=[*learned.perturbations, "control"])
+    roles = pd.Series(["train"] * 5 + ["control"], index=place.index)
+    assert location.true_places(place, roles, effects, learned, scale) == pytest.approx(embedding.scores, abs=1e-8)
+
+
+def test_study(made, out, caplog):
+    study.draw_study(study=made.study, **out)
+    good(out, caplog, width=style.PAGE)
+
+
+def test_study_names_a_missing_column(made, tmp_path, out):
+    pd.read_parquet(made.study).drop(columns="fdr").to_parquet(tmp_path / "study.parquet")
+    with pytest.raises(UserError, match="fdr"):
+        study.draw_study(study=tmp_path / "study.parquet", **out)
+
+
+def test_same_inputs_same_bytes(made, tmp_path):
+    def draw(name: str) -> tuple[bytes, bytes]:
+        out = {"png": tmp_path / f"{name}.png", "pdf": tmp_path / f"{name}.pdf"}
+        predicted_observed.draw_predicted_observed(de=made.root / "de.parquet", moments=made.moments, targets=made.targets[:1], **out)
+        return out["png"].read_bytes(), out["pdf"].read_bytes()
+
+    assert draw("once") == draw("twice")
+
+
+def test_text_that_leaves_the_page_is_reported(out, caplog):
+    with style.sheet(style.COLUMN, 40, **out) as page:
+        page.fig.subplots().set_title("a title much longer than the column is wide, which nobody could read to its end on paper or screen")
+    assert "leaves the page" in caplog.text
+
+
+def test_a_failed_drawing_leaves_no_file(out):
+    def fail() -> None:
+        with style.sheet(style.COLUMN, 40, **out):
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert not out["png"].exists()
+    assert FOLD == "0"

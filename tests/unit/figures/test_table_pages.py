@@ -1,0 +1,92 @@
+"""The report's HTML tables: self-contained, escaped, complete."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dbdiffusion.figures import tables_html
+from dbdiffusion.runtime import contracts
+from dbdiffusion.runtime.errors import UserError
+
+
+class Page(HTMLParser):
+    """Rows of cells, attributes that reach out of the page, and tags that are not closed."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.links: list[str] = []
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "input"):
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+
+
+def test_a_page_holds_its_rows_and_nothing_from_outside(tmp_path):
+    frame = pd.DataFrame({"gene": ["A<b>", 'C"&'], "lfc": [0.123456, np.nan], "cells": [1234, 7]})
+    tables_html.write_table_page(frame, tmp_path / "page.html", title="T & <t>", note="note <i>")
+    text = (tmp_path / "page.html").read_text()
+    page = Page(text)
+    assert page.rows == [["gene", "lfc", "cells"], ["A<b>", "0.123", "1,234"], ['C"&', "–", "7"]]
+    assert not page.links
+    assert not page.open
+    assert "<b>" not in text
+    assert "http" not in text
+
+
+def test_only_the_first_rows_are_shown(tmp_path):
+    tables_html.write_table_page(pd.DataFrame({"x": range(50)}), tmp_path / "page.html", title="T", top=5)
+    text = (tmp_path / "page.html").read_text()
+    assert len(Page(text).rows) == 6
+    assert "5 of 50 rows" in text
+
+
+def test_called_genes_come_first_and_abstention_is_one_row(made):
+    de = contracts.DE.read(made.root / "de.parquet")
+    shown = tables_html.top_calls(de, "stacked", per_target=5)
+    counts = shown["target"].value_counts()
+    assert counts[made.targets[-1]] == 1
+    assert counts[made.targets[0]] == 5
+    first = shown[shown["target"] == made.targets[0]]
+    assert first["call"].iloc[0] in ("up", "down")
+    assert first["q (selection)"].is_monotonic_increasing
+    assert shown.loc[shown["target"] == made.targets[-1], "reason"].item() == "its gene is not measured"
+
+
+def test_a_page_of_many_targets_has_fewer_genes_of_each(made, tmp_path):
+    tables_html.write_de_page(de=made.root / "de.parquet", out_html=tmp_path / "de.html", method="stacked", most=20)
+    rows = Page((tmp_path / "de.html").read_text()).rows
+    assert len(rows) - 1 <= 20
+
+
+def test_an_unknown_method_is_named(made):
+    with pytest.raises(UserError, match="scgpt"):
+        tables_html.top_calls(contracts.DE.read(made.root / "de.parquet"), "scgpt", 5)
+
+
+def test_the_score_page_holds_the_mean_over_targets(made, tmp_path):
+    scores = contracts.SCORES.read(made.scores)
+    tables_html.write_score_page(scores=made.scores, out_html=tmp_path / "scores.html")
+    heads, *rows = Page((tmp_path / "scores.html").read_text()).rows
+    row = next(r for r in rows if r[:4] == ["mse", "all", "stacked", "yes"])
+    mine = scores[(scores["metric"] == "mse") & (scores["method"] == "stacked") & scores["debiased"]]
+    assert float(row[heads.index("mean")]) == pytest.approx(mine["value"].mean(), rel=0.01)
+    assert row[heads.index("targets")] == str(len(made.targets))

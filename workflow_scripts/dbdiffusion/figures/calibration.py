@@ -1,0 +1,303 @@
+"""Do intervals and calls keep what they promise?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from dbdiffusion.figures import style
+from dbdiffusion.runtime import contracts
+
+CHECK_NAMES = {
+    "control_guides_fdr": "control guides with a call",
+    "permutation_fdr": "false calls, effects permuted",
+    "permutation_calls": "genes called, effects permuted",
+    "equivalence": "equivalent genes called",
+    "sign_error": "calls of wrong sign",
+    "doubling": "calls changed by twice the cells",
+}
+"""Checks drawn as one row each; the level is their limit."""
+UNDRAWN = ("power_replicate", "fdr_replicate", "control_guides_ks")
+"""Checks whose methods have no entry of their own in the legend."""
+RATE = 0.1
+"""Nominal FDR of the panels that show one rate."""
+DASHED = {"color": style.GREY, "lw": 0.6, "ls": (0, (4, 2)), "zorder": 1}
+MAX_STRATA = 16
+Looks = dict[str, tuple[str, str]]
+
+
+def rows_of(table: pd.DataFrame, check: str, stratum: str | None = "all") -> pd.DataFrame:
+    """The rows of a check that have a value, of one stratum or of all (None)."""
+    part = table[(table["check"] == check) & table["value"].notna()]
+    return part if stratum is None else part[part["stratum"] == stratum]
+
+
+def _line(ax: Axes, part: pd.DataFrame, x: np.ndarray, colour: str, marker: str, ls: str | tuple = "-") -> None:
+    """Values joined by a line, with their bands as bars."""
+    known = (part["low"].notna() & part["high"].notna()).to_numpy()
+    ax.plot(x, part["value"], color=colour, marker=marker, ms=3.2, lw=0.9, ls=ls, mew=0, zorder=3)
+    ax.vlines(x[known], part["low"].to_numpy()[known], part["high"].to_numpy()[known], color=colour, lw=0.8, zorder=2)
+
+
+def _lines(ax: Axes, part: pd.DataFrame, looks: Looks) -> None:
+    """Value against level, one line per method, dodged by a little so that bands can be told apart."""
+    levels = np.sort(part["level"].unique())
+    shift = 0.012 * float(np.ptp(levels)) if len(levels) > 1 else 0.004
+    methods = [m for m in looks if m in set(part["method"])]
+    for i, method in enumerate(methods):
+        rows = part[part["method"] == method].sort_values("level")
+        _line(ax, rows, rows["level"].to_numpy() + shift * (i - (len(methods) - 1) / 2), *looks[method])
+
+
+def _trials(part: pd.DataFrame, noun: str) -> str:
+    """The number of trials, or its range over rows, and what they are."""
+    low, high = int(part["n"].min()), int(part["n"].max())
+    return style.count(low, noun) if low == high else f"{low:,}–{style.count(high, noun)}"
+
+
+def _coverage(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
+    part = rows_of(table, "coverage")
+    _lines(ax, part, looks)
+    ax.plot([0, 1], [0, 1], **DASHED)
+    low = float(part[["value", "low", "level"]].min().min())
+    ax.set_xlim(max(0.0, float(part["level"].min()) - 0.06), 1.01)
+    ax.set_ylim(max(0.0, low - 0.04), 1.01)
+    ax.set_xlabel("nominal coverage")
+    ax.set_ylabel("observed coverage")
+    ax.set_title(f"Coverage ({_trials(part, 'target')})")
+
+
+def _width(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
+    both = rows_of(table, "coverage").merge(rows_of(table, "width"), on=["method", "level"], suffixes=("", "_width"))
+    for method in [m for m in looks if m in set(both["method"])]:
+        rows = both[both["method"] == method].sort_values("level")
+        colour, marker = looks[method]
+        ax.plot(rows["value"], rows["value_width"], color=colour, lw=0.8, marker=marker, ms=3.2, mew=0, zorder=2)
+        ax.plot(rows["value"].iloc[-1], rows["value_width"].iloc[-1], marker="o", ms=6, mfc="none", mec=colour, mew=0.7, zorder=3)
+    top = float(both["level"].max())
+    ax.axvline(top, **DASHED)
+    if both["value_width"].min() > 0 and both["value_width"].max() / both["value_width"].min() > 20:
+        ax.set_yscale("log")
+        style.log_ticks(ax.yaxis)
+    else:
+        ax.set_ylim(bottom=0)
+    ax.set_xlabel(f"observed coverage (ring: nominal {top:.0%})")
+    ax.set_ylabel(f"mean width, {style.LFC}")
+    ax.set_title("Width against coverage")
+
+
+def _quantiles(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
+    part = rows_of(table, "control_guides_p")
+    ax.plot([0, 1], [0, 1], **DASHED)
+    for i, method in enumerate(m for m in looks if m in set(part["method"])):
+        rows = part[part["method"] == method].sort_values("level")
+        ax.plot(rows["level"], rows["value"], color=looks[method][0], lw=1.0, zorder=3)
+        if i == 0:
+            # The band is that of uniform p, about the diagonal: the same for all methods but for their number of trials.
+            ax.fill_between(rows["level"], rows["low"], rows["high"], color=style.LIGHT, alpha=0.7, lw=0, zorder=0)
+    ax.set_xlim(0, 1)
+    ax.set_ylim(0, 1)
+    ax.set_xlabel("expected quantile of p")
+    ax.set_ylabel("observed p")
+    ax.set_title(f"Control guides held out ({_trials(part, 'p value')})")
+
+
+def default_only(part: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the default prediction: methods written TEST:PREDICTOR belong to other predictors."""
+    return part[~part["method"].str.contains(":", regex=False)]
+
+
+def _replicate(ax: Axes, part: pd.DataFrame) -> pd.DataFrame:
+    """The replicate's rate by level, averaged over entries, as a black dashed line; returns what was drawn."""
+    part = part.groupby("level", as_index=False)[["value", "low", "high"]].mean()
+    if len(part):
+        _line(ax, part, part["level"].to_numpy(), style.BLACK, "_", (0, (4, 2)))
+    return part
+
+
+def _discoveries(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
+    part = default_only(rows_of(table, "fdr"))
+    _lines(ax, part, looks)
+    replicate = _replicate(ax, rows_of(table, "fdr_replicate"))
+    top = max(float(part["level"].max()) * 1.15, 0.02)
+    ax.plot([0, 1], [0, 1], **DASHED)
+    ax.fill_between([0, 1], [0, 1], [0, 0], color=style.GREEN, alpha=0.08, lw=0, zorder=0)
+    ax.set_xlim(0, top)
+    ax.set_ylim(0, min(1.02, max(top, 1.1 * float(pd.concat([part, replicate])[["value", "high"]].max().max()))))
+    ax.set_xlabel("nominal FDR q")
+    ax.set_ylabel("observed FDR, mean over targets")
+    ax.set_title(f"False discoveries ({_trials(part, 'target')})")
+
+
+def _power(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
+    part = default_only(rows_of(table, "power"))
+    _lines(ax, part, looks)
+    replicate = _replicate(ax, rows_of(table, "power_replicate"))
+    high = float(pd.concat([part, replicate])[["value", "high"]].max().max())
+    ax.set_xlim(0, max(float(part["level"].max()) * 1.15, 0.02))
+    ax.set_ylim(0, min(1.02, 1.15 * high + 0.02))
+    ax.set_xlabel("nominal FDR q")
+    ax.set_ylabel("share of DE genes called")
+    ax.set_title(f"Power ({_trials(part, 'DE gene')})")
+
+
+def predictors(table: pd.DataFrame) -> pd.DataFrame:
+    """FDR and power of every test of every predictor at the rate nearest to RATE: columns test, predictor, level, fdr, power."""
+    both = rows_of(table, "fdr").merge(rows_of(table, "power"), on=["method", "level"], suffixes=("", "_power"))
+    parts = [method.partition(":") for method in both["method"]]
+    both = both.assign(test=[p[0] for p in parts], predictor=[p[2] for p in parts], fdr=both["value"], power=both["value_power"])
+    distance = (both["level"] - RATE).abs()
+    both = both[distance == distance.min()] if len(both) else both
+    return both.loc[both["test"].isin(style.ERROR_LOOKS), ["test", "predictor", "level", "fdr", "power"]].reset_index(drop=True)
+
+
+def _trade(page: style.Sheet, ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
+    """Power against FDR of all predictors; the default prediction is large, the replicate a black bar."""
+    part = predictors(table)
+    for test, rows in part.groupby("test", sort=True):
+        colour, marker = looks.get(test, style.ERROR_LOOKS[test])
+        default = rows["predictor"] == ""
+        ax.scatter(rows["fdr"][~default], rows["power"][~default], s=12, marker=marker, c=colour, alpha=0.55, linewidths=0, zorder=2)
+        ax.scatter(
+            rows["fdr"][default], rows["power"][default], s=34, marker=marker, c=colour, edgecolors=style.BLACK, linewidths=0.7, zorder=3
+        )
+    level = float(part["level"].iloc[0])
+    replicate = [rows_of(table, c) for c in ("fdr_replicate", "power_replicate")]
+    at = [float(r.loc[r["level"] == level, "value"].mean()) if (r["level"] == level).any() else np.nan for r in replicate]
+    if np.isfinite(at).all():
+        ax.scatter(*at, s=40, marker="_", c=style.BLACK, linewidths=1.2, zorder=3)
+    ax.axvspan(0, level, color=style.GREEN, alpha=0.08, lw=0, zorder=0)
+    ax.axvline(level, **DASHED)
+    ax.set_xlim(-0.03 * max(part["fdr"].max(), 2 * level), None)
+    ax.margins(x=0.1, y=0.12)
+    ax.xaxis.set_major_locator(MaxNLocator(4))
+    named = part[(part["predictor"] != "") & ((part["power"] > 0) | (part["fdr"] > 0))]
+    named = named.sort_values(["power", "predictor", "test"], ascending=[False, True, True]).head(8)
+    avoid = (part["fdr"].to_numpy(), part["power"].to_numpy())
+    page.label(ax, named["fdr"].to_numpy(), named["power"].to_numpy(), [style.method_name(p) for p in named["predictor"]], avoid=avoid)
+    ax.set_xlabel("observed FDR")
+    ax.set_ylabel("share of DE genes called")
+    ax.set_title(f"Predictors at q = {level:g} (outline: default)")
+
+
+def _stratum_order(stratum: str) -> tuple[str, int, str]:
+    """Groups stay together; within a group low before middle before high."""
+    for i, word in enumerate(
+        ("lowest", "low", "small", "near", "few", "middle", "medium", "mid", "high", "large", "far", "many", "highest")
+    ):
+        if stratum.endswith(word):
+            return stratum[: -len(word)], i, ""
+    return stratum, 0, stratum
+
+
+def _dots(ax: Axes, part: pd.DataFrame, column: str, names: dict[str, str], looks: Looks, *, xlabel: str, title: str) -> None:
+    """One row per entry of `names`, methods side by side in it; a grey tick marks each row's nominal level."""
+    methods = [m for m in looks if m in set(part["method"])]
+    step = 0.7 / max(len(methods), 1)
+    for y, key in enumerate(names):
+        for i, method in enumerate(methods):
+            row = part[(part[column] == key) & (part["method"] == method)]
+            if row.empty:
+                continue
+            row, at = row.iloc[0], y + step * (i - (len(methods) - 1) / 2)
+            colour, marker = looks[method]
+            if np.isfinite(row["low"]) and np.isfinite(row["high"]):
+                ax.plot([row["low"], row["high"]], [at, at], color=colour, lw=0.8, zorder=2)
+            ax.plot(row["value"], at, marker=marker, ms=3, mew=0, color=colour, zorder=3)
+        ax.vlines(part.loc[part[column] == key, "level"].unique(), y - 0.42, y + 0.42, color=style.GREY, lw=1.0, zorder=1)
+        if y % 2:
+            ax.axhspan(y - 0.5, y + 0.5, color="#F5F5F5", lw=0, zorder=-1)
+    ax.set_yticks(range(len(names)), list(names.values()))
+    ax.set_ylim(len(names) - 0.45, -0.55)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel(xlabel)
+    ax.set_title(title)
+
+
+def _nearest_level(part: pd.DataFrame, wanted: float) -> pd.DataFrame:
+    """Of each check and method, the rows at the level nearest to the wanted one."""
+    distance = (part["level"] - wanted).abs()
+    return part[distance == distance.groupby([part["check"], part["method"]]).transform("min")]
+
+
+def _checks(ax: Axes, part: pd.DataFrame, looks: Looks) -> None:
+    names = {check: label for check, label in CHECK_NAMES.items() if check in set(part["check"])}
+    _dots(ax, part, "check", names, looks, xlabel="rate (grey: limit)", title=f"Null checks and sign (at q = {RATE:g})")
+    ax.set_xlim(left=min(0.0, float(part[["value", "low"]].min().min())))
+
+
+def _strata(ax: Axes, part: pd.DataFrame, looks: Looks) -> None:
+    strata = sorted(part["stratum"].unique(), key=_stratum_order)[:MAX_STRATA]
+    names = {s: style.short(s.replace("k_eff", "K_eff:"), 28) for s in strata}
+    level = float(part["level"].iloc[0])
+    _dots(ax, part, "stratum", names, looks, xlabel=f"observed coverage (grey: nominal {level:.0%})", title="Coverage by stratum")
+
+
+def _panels(table: pd.DataFrame) -> tuple[list[Callable], list[tuple[Callable, pd.DataFrame]]]:
+    """The curve panels and the dot panels that the table can fill."""
+    curves = []
+    for check, draw in (
+        ("coverage", _coverage),
+        ("width", _width),
+        ("control_guides_p", _quantiles),
+        ("fdr", _discoveries),
+        ("power", _power),
+    ):
+        if len(default_only(rows_of(table, check))) and (check != "width" or len(rows_of(table, "coverage"))):
+            curves.append(draw)
+    if (predictors(table)["predictor"] != "").any():
+        curves.append(_trade)
+    dots = []
+    checks = default_only(table[table["check"].isin(CHECK_NAMES) & (table["stratum"] == "all") & table["value"].notna()])
+    if len(checks):
+        dots.append((_checks, _nearest_level(checks, RATE)))
+    strata = rows_of(table, "coverage", None)
+    strata = strata[strata["stratum"] != "all"]
+    if len(strata):
+        dots.append((_strata, _nearest_level(strata, 0.95)))
+    return curves, dots
+
+
+def _dots_height(dots: list[tuple[Callable, pd.DataFrame]]) -> float:
+    """Millimetres that the dot panels need."""
+    rows = [len(part.groupby(["check", "stratum"])) * max(4.0, 1.7 * part["method"].nunique()) for _, part in dots]
+    return min(110.0, 24 + max(rows, default=0)) if dots else 0.0
+
+
+def draw_calibration(*, calibration: str | Path, png: str | Path, pdf: str | Path) -> None:
+    """Coverage, width, null p, FDR, power and further checks (contract `calibration`), one colour per error model or method.
+
+    Panels without data in the table are left out. Bars and shades are the 95 % bands of the table; grey dashes are the nominal rates.
+    """
+    table = contracts.CALIBRATION.read(calibration).astype({"check": str, "method": str, "stratum": str})
+    looks = style.error_looks(default_only(table.loc[~table["check"].isin(UNDRAWN)])["method"].unique())
+    curves, dots = _panels(table)
+    rows, columns = style.grid(len(curves), 3)
+    above, below = 57.0 * rows if curves else 0.0, _dots_height(dots)
+    with style.sheet(style.PAGE, max(above + below + 9, 40), png=png, pdf=pdf) as page:
+        if not curves and not dots:
+            style.empty(page.fig.subplots(), "No calibration check could be run.")
+            return
+        outer = page.fig.add_gridspec(2, 1, height_ratios=(max(above, 1e-3), max(below, 1e-3)))
+        inner = outer[0].subgridspec(rows, columns)
+        axes = [page.fig.add_subplot(inner[divmod(i, columns)]) for i in range(len(curves))]
+        for ax, draw in zip(axes, curves, strict=True):
+            draw(page, ax, table, looks) if draw is _trade else draw(ax, table, looks)
+        inner = outer[1].subgridspec(1, max(1, len(dots)))
+        more = [page.fig.add_subplot(inner[0, i]) for i in range(len(dots))]
+        for ax, (draw, part) in zip(more, dots, strict=True):
+            draw(ax, part, looks)
+        style.letter_panels([*axes, *more])
+        _legend(page, [*axes, *more][0], looks, bool(len(rows_of(table, "power_replicate"))))
+
+
+def _legend(page: style.Sheet, ax: Axes, looks: Looks, replicate: bool) -> None:
+    handles = [ax.plot([], [], color=c, marker=m, ms=3.2, mew=0, label=style.error_name(k))[0] for k, (c, m) in looks.items()]
+    if replicate:
+        handles += ax.plot([], [], color=style.BLACK, lw=0.9, ls=(0, (4, 2)), label=style.ERROR_NAMES["replicate"])
+    page.fig.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))

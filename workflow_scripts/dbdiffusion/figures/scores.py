@@ -1,0 +1,129 @@
+"""Scores of every predictor beside the replicate ceiling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from dbdiffusion.benchmark.metrics import HIGHER_IS_BETTER
+from dbdiffusion.benchmark.scores import REPLICATE, summarise
+from dbdiffusion.figures import style
+from dbdiffusion.runtime import contracts
+
+TITLES = {
+    "pearson_delta": "Pearson",
+    "pearson_delta_perturbed": "Pearson to mean",
+    "spearman_delta": "Spearman",
+    "mse": "Mean squared error",
+    "weighted_mse": "Weighted squared error",
+    "mmd": "MMD",
+    "de_precision": "Precision of calls",
+    "de_recall": "Recall of calls",
+    "de_jaccard": "Jaccard of calls",
+    "de_sign": "Sign of calls",
+    "two_sample_auc": "Two-sample AUC",
+    "sign_accuracy": "Sign, all genes",
+}
+PANELS = (
+    ("pearson_delta", "all"),
+    ("pearson_delta", "top"),
+    ("pearson_delta_perturbed", "all"),
+    ("mse", "all"),
+    ("discrimination", "all"),
+    ("energy_distance", "all"),
+)
+"""Metric and genes of each panel; `top` is the largest number of top genes."""
+
+
+def choose_panels(summary: pd.DataFrame, panels: tuple[tuple[str, str], ...] = PANELS) -> list[tuple[str, str]]:
+    """The panels that the table can fill; where none can be, the metrics that it has (at most as many)."""
+    there = set(zip(summary["metric"], summary["genes"], strict=True))
+    found = []
+    for metric, genes in panels:
+        sizes = sorted((g for m, g in there if m == metric and g.isdigit()), key=int)
+        label = (sizes[-1] if sizes else "") if genes == "top" else genes
+        if (metric, label) in there:
+            found.append((metric, label))
+    return found or sorted(there)[: len(panels)]
+
+
+def _title(metric: str, genes: str) -> str:
+    name = TITLES.get(metric, metric.replace("_", " ").capitalize())
+    return f"{name}, top {genes} genes" if genes != "all" else name + (", all genes" if metric == "pearson_delta" else "")
+
+
+def _draw_panel(ax: Axes, part: pd.DataFrame, methods: list[str]) -> None:
+    """Rows are methods; raw predictors are hollow, debiased ones filled; the ceiling is a dashed line with its band."""
+    both = part.loc[part["method"] != REPLICATE, "debiased"].nunique() > 1
+    for row in part[part["method"] != REPLICATE].itertuples():
+        colour = style.method_colour(row.method, others="#7A7A7A")
+        y = methods.index(row.method) + (0.18 if row.debiased else -0.18) * both
+        if row.n > 1:
+            ax.plot([row.low, row.high], [y, y], color=colour, lw=0.9, solid_capstyle="butt", zorder=2)
+        ax.plot(row.mean, y, "o", ms=3.6, mfc=colour if row.debiased else "white", mec=colour, mew=0.9, zorder=3)
+    for row in part[part["method"] == REPLICATE].itertuples():
+        ax.axvline(row.mean, color=style.GREEN, lw=0.9, ls=(0, (4, 2)), zorder=1)
+        if row.n > 1:
+            ax.axvspan(row.low, row.high, color=style.GREEN, alpha=0.12, lw=0, zorder=0)
+
+
+def _finish(ax: Axes, metric: str, genes: str, part: pd.DataFrame) -> None:
+    n = int(part["n"].max())
+    ax.set_title(f"{_title(metric, genes)} (n = {n})")
+    better = HIGHER_IS_BETTER.get(metric)
+    hint = "" if better is None else (", higher is better" if better else ", lower is better")
+    ax.set_xlabel(f"mean over targets{hint}")
+    ax.grid(axis="x", color=style.LIGHT, lw=0.4)
+    ax.tick_params(axis="y", length=0)
+    ax.margins(x=0.06)
+
+
+def draw_scores(*, scores: str | Path, png: str | Path, pdf: str | Path, bootstrap: int = 1000, seed: int = 0) -> None:
+    """Mean score of each method over the held-out targets with a 95 % bootstrap interval over targets, one panel per metric.
+
+    scores: contract `scores`. Ours in colour, baselines and peers in grey; filled markers are debiased, hollow ones the
+    predictor as it is; the green dashed line is the replicate ceiling (half A as a predictor of half B) with its interval.
+    Methods without a value of a metric (a correlation of the constant prediction) have no marker there.
+    """
+    summary = summarise(contracts.SCORES.read(scores), resamples=bootstrap, seed=seed)
+    panels = choose_panels(summary)
+    methods = style.method_order([m for m in summary["method"] if m != REPLICATE])
+    rows, columns = style.grid(len(panels), 3)
+    with style.sheet(style.PAGE, max(48.0, rows * (15 + 5.0 * max(len(methods), 4)) + 8), png=png, pdf=pdf) as page:
+        if not panels:
+            style.empty(page.fig.subplots(), "No held-out target was measured: there is nothing to score against.")
+            return
+        axes = page.fig.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+        for ax, (metric, genes) in zip(axes, panels, strict=False):
+            part = summary[(summary["metric"] == metric) & (summary["genes"] == genes)]
+            _draw_panel(ax, part, methods)
+            _finish(ax, metric, genes, part)
+        for ax in axes[::columns]:
+            _name_rows(ax, methods)
+        axes[0].set_ylim(len(methods) - 0.5, -0.5)
+        for ax in axes[len(panels) :]:
+            ax.set_visible(False)
+        style.letter_panels(axes[: len(panels)])
+        _legend(page.fig, axes[0], summary)
+
+
+def _name_rows(ax: Axes, methods: list[str]) -> None:
+    ax.set_yticks(np.arange(len(methods)), [style.method_name(m) for m in methods])
+    for tick, method in zip(ax.get_yticklabels(), methods, strict=True):
+        tick.set_color(style.method_colour(method, others=style.DARK))
+        tick.set_fontweight("bold" if method in style.OURS else "normal")
+
+
+def _legend(fig: Figure, ax: Axes, summary: pd.DataFrame) -> None:
+    handles = []
+    for debiased, name in ((False, "predictor as it is"), (True, "after debiasing")):
+        if (summary.loc[summary["method"] != REPLICATE, "debiased"] == debiased).any():
+            fill = style.DARK if debiased else "white"
+            handles += ax.plot([], [], "o", ms=3.6, mfc=fill, mec=style.DARK, mew=0.9, label=name)
+    if (summary["method"] == REPLICATE).any():
+        handles += ax.plot([], [], color=style.GREEN, lw=0.9, ls=(0, (4, 2)), label="replicate ceiling (half A against half B)")
+    fig.legend(handles=handles, loc="outside lower center", ncols=3)
