@@ -7,6 +7,9 @@ min_version("9.16")
 configfile: "config.yaml"
 
 
+report: "rules/report/workflow.rst"
+
+
 pathvars:
     logs="results/logs",
     benchmarks="results/benchmarks",

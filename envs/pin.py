@@ -9,11 +9,11 @@ HERE = Path(__file__).resolve().parent
 COMMON = ["numpy", "pandas", "pyarrow", "pydantic", "tqdm", "anndata", "scipy"]
 # One environment per stage family: packages the family's scripts import, beyond COMMON.
 ENVIRONMENTS = {
-    "data": ["scanpy", "scikit-learn", "igraph", "umap-learn", "pynndescent", "requests"],
+    "data": ["scanpy", "scikit-learn", "igraph", "pynndescent", "requests"],
     "torch": ["torch", "safetensors"],
     "torch-cuda": ["torch", "safetensors"],
     "inference": ["scikit-learn", "statsmodels", "ppi-python", "joblib"],
-    "figures": ["matplotlib", "adjustText", "umap-learn", "pynndescent", "scikit-learn"],
+    "figures": ["matplotlib", "adjustText", "scanpy", "igraph", "pynndescent", "scikit-learn"],
 }
 HEADER = {
     "torch": "# The CPU build of torch; where pip finds only a CUDA build, that one runs on the CPU too.",

@@ -47,7 +47,7 @@ rule merge_generated:
     benchmark:
         "<benchmarks>/{dataset}/seed{seed}/fold{fold}/merge_generated.tsv"
     conda:
-        "../envs/data.yaml"
+        TORCH_ENV
     threads: 1
     resources:
         mem_mb=memory(3000),

@@ -14,33 +14,34 @@ class VaeConfig(Block):
 
     kind: Literal["vae", "autoencoder"] = "vae"
     """vae: reparameterised latent with KL term; autoencoder: published design (no KL, unit-norm latent)."""
-    likelihood: Literal["gaussian", "nb"] = "gaussian"
-    """Decoder: gaussian on log-normalised expression, or negative binomial on counts with the library size."""
-    hidden: list[int] = Field([512, 512], min_length=1)
+    likelihood: Literal["gaussian", "nb"] = "nb"
+    """Decoder: negative binomial on counts with the library size (zeros and variances as in real cells), or gaussian on log-normalised
+    expression."""
+    hidden: list[int] = Field([256], min_length=1)
     """Widths of the hidden layers, encoder order."""
-    latent: int = Field(64, ge=2)
+    latent: int = Field(32, ge=2)
     """Latent dimensions."""
     activation: Literal["silu", "prelu", "relu"] = "silu"
     """Activation of the hidden layers."""
     norm: Literal["layer", "batch", "none"] = "layer"
     """Normalisation of the hidden layers; batch uses running statistics when it decodes."""
-    kl_weight: float = Field(0.001, ge=0)
-    """Weight of the KL term beside the reconstruction loss."""
+    kl_weight: float = Field(1.0, ge=0)
+    """Weight of the KL term; 1 is the evidence lower bound, less keeps more of each cell's noise in the latent."""
     kl_warmup_share: float = Field(0.3, ge=0, le=1)
     """Share of the steps over which the KL weight grows from 0."""
     free_bits: float = Field(0.0, ge=0)
     """KL per latent dimension that is not penalised, nats."""
     batch_size: int = Field(256, ge=2)
     """Cells per training step."""
-    learning_rate: float = Field(1.0e-3, gt=0)
+    learning_rate: float = Field(2.0e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay of AdamW."""
-    max_epochs: int = Field(200, ge=1)
+    max_epochs: int = Field(80, ge=1)
     """Passes over the training cells, at most."""
     max_steps: int = Field(20000, ge=1)
     """Training ends at the earlier of max_epochs and max_steps."""
-    patience: int = Field(20, ge=0)
+    patience: int = Field(10, ge=0)
     """Stop after this many epochs without a better held-out loss; 0: never."""
     validation_share: float = Field(0.1, ge=0, lt=0.5)
     """Share of training cells held out for early stopping."""
@@ -53,10 +54,10 @@ class VaeConfig(Block):
 class DiffusionConfig(Block):
     """Denoiser in the latent space, conditioned on the perturbation embedding."""
 
-    widths: list[int] = Field([512, 512, 256, 128], min_length=1)
+    widths: list[int] = Field([256, 128], min_length=1)
     """Widths of the MLP U-Net's levels."""
-    prediction: Literal["epsilon", "v", "x0"] = "epsilon"
-    """What the network predicts."""
+    prediction: Literal["epsilon", "v", "x0"] = "v"
+    """What the network predicts. epsilon (published) learns the mean of a condition slowly: it shows at the noisiest levels alone."""
     schedule: Literal["linear", "cosine"] = "linear"
     """Noise schedule."""
     timesteps: int = Field(1000, ge=10)
@@ -73,15 +74,15 @@ class DiffusionConfig(Block):
     """Give back what the latent loses of a perturbation's mean, as a linear function of its embedding."""
     batch_size: int = Field(256, ge=2)
     """Cells per training step."""
-    learning_rate: float = Field(1.0e-3, gt=0)
+    learning_rate: float = Field(2.0e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(1.0e-4, ge=0)
     """Decoupled weight decay of AdamW."""
     ema: float = Field(0.999, ge=0, lt=1)
     """Decay of the averaged weights that generate."""
-    max_epochs: int = Field(400, ge=1)
+    max_epochs: int = Field(120, ge=1)
     """Passes over the training cells, at most."""
-    max_steps: int = Field(60000, ge=1)
+    max_steps: int = Field(30000, ge=1)
     """Training ends at the earlier of max_epochs and max_steps."""
     validation_share: float = Field(0.1, ge=0, lt=0.5)
     """Share of training cells held out; the weights with the best held-out loss generate."""
@@ -100,8 +101,8 @@ class GenerationConfig(Block):
     """accelerated: second-order stochastic (Li et al. 2024, published); ddpm: ancestral; ddim: deterministic; dpmpp_2m: DPM-Solver++ 2M."""
     steps: int = Field(50, ge=2)
     """Denoising steps."""
-    guidance: float = Field(0.5, ge=0)
-    """Strength w of classifier-free guidance: (1 + w) conditional - w null."""
+    guidance: float = Field(0.0, ge=0)
+    """Strength w of classifier-free guidance: (1 + w) conditional - w null. More than 0 exaggerates effects."""
     cells: int = Field(500, ge=10)
     """Cells generated per perturbation and cross-fit model."""
     cells_kept: int = Field(200, ge=1)

@@ -18,7 +18,7 @@ class SplitsConfig(Block):
     scheme: Literal["kfold", "leave_one_out", "none"] = "kfold"
     """kfold: perturbations in `folds` outer folds; leave_one_out: one fold for each perturbation of `held_out`; none: nothing held out,
     predict run.targets."""
-    folds: int = Field(5, ge=2)
+    folds: int = Field(3, ge=2)
     """Outer folds of perturbations."""
     crossfit_folds: int = Field(3, ge=0)
     """Inner cross-fit folds, each with models of its own; 0: one model that sees all training perturbations (published design),
