@@ -9,11 +9,15 @@ sys.path.insert(0, str(SCRIPTS))
 
 from dbdiffusion.config.load import config_slice, load_config
 from dbdiffusion.data.catalogue import find
+from dbdiffusion.data.peek import check_h5ad
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.provenance import code_hash
 
 try:
     CONFIG = load_config(config, root=Path(workflow.basedir))
+    if workflow.is_main_process:
+        for name in CONFIG.run.datasets:
+            check_h5ad(name, CONFIG.datasets[name], CONFIG.splits)
 except UserError as error:
     raise WorkflowError(str(error)) from None
 

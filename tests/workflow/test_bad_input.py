@@ -27,11 +27,20 @@ def test_config_errors_stop_before_the_dag(fresh, override: str, expected: list[
 def test_more_folds_than_perturbations(fresh):
     done = fresh.snakemake("results/tiny/seed1/splits.json", "--config", "splits={folds: 99}", check=False)
     assert done.returncode != 0
-    log = (fresh.path / "results/logs/tiny/seed1/splits.log").read_text()
-    assert "99" in log
+    message = done.stdout + done.stderr
+    assert "splits.folds" in message
+    assert "99" in message
+    assert "Traceback" not in message
+
+
+def test_a_failed_stage_leaves_nothing_half_written(fresh):
+    # Every perturbation has fewer cells than asked for: QC finds it out, and says so in its log.
+    done = fresh.snakemake("results/tiny/qc/cells.h5ad", "--config", "qc={min_cells_per_perturbation: 5000}", check=False)
+    assert done.returncode != 0
+    log = (fresh.path / "results/logs/tiny/qc.log").read_text()
     assert "Fix:" in log
     assert "Traceback" not in log
-    assert not (fresh.path / "results/tiny/seed1/splits.json").exists()
+    assert not list((fresh.path / "results/tiny/qc").glob("*"))
 
 
 def test_gpu_asked_for_but_absent(fresh):
