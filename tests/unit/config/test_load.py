@@ -64,12 +64,13 @@ def test_user_over_preset_even_where_the_user_writes_the_crossfit_value():
 
 
 def test_configfile_on_top_of_an_edited_config_yaml():
-    text = (REPO / "config.yaml").read_text().replace("  #latent: 64", "  latent: 16").replace("  #free_bits: 0.0", "  free_bits: 0.5")
+    text = (REPO / "config.yaml").read_text()
+    text = text.replace("  #patience: ", "  patience: 1 #", 1).replace("  #free_bits: 0.0", "  free_bits: 0.5")
     raw = yaml.safe_load(text)
-    assert raw["vae"] == {"latent": 16, "free_bits": 0.5}
+    assert raw["vae"] == {"patience": 1, "free_bits": 0.5}
     update_config(raw, {"vae": {"latent": 8}})
     config = load_config(raw, root=REPO)
-    assert (config.vae.latent, config.vae.free_bits, config.vae.hidden) == (8, 0.5, [512, 512])
+    assert (config.vae.latent, config.vae.free_bits, config.vae.patience) == (8, 0.5, 1)
 
 
 @pytest.mark.parametrize("name", METHOD_BLOCKS)

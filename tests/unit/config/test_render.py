@@ -26,7 +26,7 @@ def test_drift_is_noticed(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(render.RENDERED[name]())
     assert render.drifted(tmp_path) == []
-    (tmp_path / "config.yaml").write_text((tmp_path / "config.yaml").read_text().replace("#latent: 64", "#latent: 65"))
+    (tmp_path / "config.yaml").write_text((tmp_path / "config.yaml").read_text().replace("#free_bits: 0.0", "#free_bits: 0.1"))
     (tmp_path / "docs/tables.md").unlink()
     assert render.drifted(tmp_path) == ["config.yaml", "docs/tables.md"]
 

@@ -48,5 +48,3 @@ class LocationConfig(Block):
     """ridge: penalties, chosen by cross-fitted error."""
     max_cells: int = Field(20000, ge=100)
     """Cells used for co-expression (a seeded subset of the training cells)."""
-    min_confidence: float = Field(0.0, ge=0, le=1)
-    """Targets located with less confidence get no calls."""

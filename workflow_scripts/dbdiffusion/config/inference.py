@@ -27,6 +27,8 @@ class InferenceConfig(Block):
     mean over targets (more calls, but where few targets have calls, most of them may be false)."""
     min_k_eff: float = Field(3.0, ge=1)
     """Fewer effective neighbours: no call."""
+    min_confidence: float = Field(0.0, ge=0, le=1)
+    """Targets located with less confidence get no call (beside those that conformal selection itself finds hopeless)."""
     max_calibration_pairs: int = Field(200000, ge=1000)
     """Pseudo-target x gene pairs used by conformal selection."""
     de_fdr: float = Field(0.05, gt=0, lt=1)

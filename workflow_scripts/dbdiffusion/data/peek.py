@@ -27,7 +27,8 @@ def check_h5ad(name: str, dataset: FileDataset, splits: SplitsConfig) -> None:
     try:
         handle = h5py.File(dataset.path, "r")
     except OSError as error:
-        raise UserError(f"cannot be opened as HDF5: {error}", where=dataset.path, fix="fetch the file again: it may be truncated") from error
+        fix = "fetch the file again: it may be truncated"
+        raise UserError(f"cannot be opened as HDF5: {error}", where=dataset.path, fix=fix) from error
     with handle:
         if not isinstance(handle.get("obs"), h5py.Group):
             raise UserError("has no cell table `obs`", where=dataset.path, fix="write it with a current anndata (adata.write_h5ad)")

@@ -1,0 +1,137 @@
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from dbdiffusion.data.sets import CONTROL
+from dbdiffusion.inference import debias
+from dbdiffusion.inference.debias import Predictor, Queries, Screen, Variate
+
+
+def test_estimate_is_the_formula_of_the_method_written_out(toy):
+    effects, random = toy.effect_set(), np.random.default_rng(1)
+    g = {name: random.normal(size=5) for name in [*effects.perturbations, "t1", "t2"]}
+    weights = random.dirichlet(np.ones(6), 2)
+    screen = Screen.of(effects, 0.05)
+    queries = Queries.of(screen, toy.location_set(effects, weights, ["t1", "t2"]))
+    variate = Variate(Predictor.of("g", toy.means_of(effects, g, mc=0.01), effects), "debiased")
+    lam, d0 = 0.3, 4.0
+    found = debias.estimate(toy.fixed_model([variate], [lam]), screen, queries, "target")
+    for r, target in enumerate(("t1", "t2")):
+        w = weights[r]
+        for j in range(5):
+            theta = lam * g[target][j] + sum(w[k] * (effects.effect[k, j] - lam * g[f"k{k}"][j]) for k in range(6))
+            assert found.effect[r, j] == pytest.approx(theta)
+            residual = [effects.effect[k, j] - lam * g[f"k{k}"][j] for k in range(6)]
+            centre = sum(w[k] * residual[k] for k in range(6))
+            local = sum(w[k] * (residual[k] - centre) ** 2 for k in range(6)) / (1 - (w**2).sum())
+            df = 1 / (w**2).sum() - 1
+            tau2 = (1.0 - 0.1) * (d0 * 1.0 + df * local) / (d0 + df)  # a tenth of the prior is noise
+            noise = lam**2 * (0.01 + sum(w[k] ** 2 * 0.01 for k in range(6)))
+            sampling = sum(w[k] ** 2 * screen.sampling[k, j] for k in range(6))
+            assert found.variance[r, j] == pytest.approx(tau2 * (1 + (w**2).sum()) + sampling + noise)
+            assert found.df[r] == pytest.approx(4.0 + df)
+
+
+def test_weight_one_and_uniform_neighbours_is_the_published_estimator(toy):
+    effects, random = toy.effect_set(), np.random.default_rng(2)
+    g = {name: random.normal(size=5) for name in [*effects.perturbations, "t1"]}
+    screen = Screen.of(effects, 0.05)
+    queries = Queries.of(screen, toy.location_set(effects, [[1 / 3, 1 / 3, 1 / 3, 0, 0, 0]], ["t1"]))
+    variate = Variate(Predictor.of("g", toy.means_of(effects, g), effects), "debiased")
+    found = debias.estimate(toy.fixed_model([variate], [1.0]), screen, queries, "target")
+    want = g["t1"] + np.mean([effects.effect[k] - g[f"k{k}"] for k in range(3)], axis=0)
+    assert np.allclose(found.effect[0], want)
+
+
+def test_neighbours_without_a_prediction_are_left_out_of_the_difference_only(toy):
+    effects, random = toy.effect_set(), np.random.default_rng(3)
+    g = {name: random.normal(size=5) for name in ["k0", "k1", "t1", "t2"]}
+    screen = Screen.of(effects, 0.05)
+    weights = [[0.5, 0.3, 0.2, 0, 0, 0], [0.1, 0.1, 0.8, 0, 0, 0]]
+    queries = Queries.of(screen, toy.location_set(effects, weights, ["t1", "t2"]))
+    shift, _, known = Variate(Predictor.of("g", toy.means_of(effects, g), effects), "debiased").shift(queries, "target")
+    assert np.allclose(shift[0], g["t1"] - (0.5 * g["k0"] + 0.3 * g["k1"]) / 0.8)
+    assert known.tolist() == [True, False]
+    assert not shift[1].any()
+
+
+def test_control_is_a_neighbour_with_effect_zero_in_additive_locations(toy):
+    effects, random = toy.effect_set(), np.random.default_rng(4)
+    g = {name: random.normal(size=5) for name in [*effects.perturbations, "tA+tB"]}
+    screen = Screen.of(effects, 0.05)
+    queries = Queries.of(screen, toy.location_set(effects, [[1, 1, 0, 0, 0, 0, -1]], ["tA+tB"], kind="additive"))
+    variate = Variate(Predictor.of("g", toy.means_of(effects, g), effects), "debiased")
+    found = debias.estimate(toy.fixed_model([variate], [1.0]), screen, queries, "target")
+    want = g["tA+tB"] + effects.effect[0] - g["k0"] + effects.effect[1] - g["k1"]
+    assert np.allclose(found.effect[0], want)
+    assert queries.local_df[0] == 0
+    assert queries.sum_sq[0] == 2
+    missing = {name: value for name, value in g.items() if name != "k0"}
+    assert not Variate(Predictor.of("g", toy.means_of(effects, missing), effects), "debiased").shift(queries, "target")[2][0]
+
+
+def test_a_generated_control_takes_the_generators_own_offset_out(toy):
+    effects = toy.effect_set()
+    g = {name: np.full(5, 2.0) for name in [*effects.perturbations, "t1", CONTROL]}
+    predictor = Predictor.of("g", toy.means_of(effects, g, {CONTROL: "control"}), effects)
+    assert np.allclose(predictor.effects_of(pd.Index(["t1"]), "target")[0], 0)
+
+
+def test_roles_of_neighbours(toy):
+    effects = toy.effect_set()
+    g = {name: np.zeros(5) for name in [*effects.perturbations, "t1"]}
+    trained = Predictor.of("g", toy.means_of(effects, g, dict.fromkeys(effects.perturbations, "train")), effects)
+    assert not trained.out_of_fold
+    assert trained.known.all()
+    mixed = Predictor.of("g", toy.means_of(effects, g, {"k0": "train"}), effects)
+    assert mixed.out_of_fold
+    assert mixed.known.tolist() == [False, True, True, True, True, True]
+
+
+def test_what_was_learned_for_a_fold_does_not_know_its_pseudo_targets(make_screen):
+    """Changing a pseudo-target's effects leaves what predicts it unchanged but for what it is as a neighbour."""
+    screen = make_screen(perturbations=20)
+    one = Screen.of(screen.effects, 0.05)
+    pseudo = debias.pseudo_targets(one, screen.locations, "single", 1)
+    out = pseudo.folds == 0
+    observed = pseudo.observed.copy()
+    observed[out] += 5.0
+    variates = (Variate(Predictor.of("g", screen.means["dbdiffusion"], screen.effects), "debiased"),)
+    before = debias.fit(one, pseudo, variates, 0.5)
+    after = debias.fit(one, replace(pseudo, observed=observed), variates, 0.5)
+    assert np.allclose(before.prior_left[0], after.prior_left[0])
+    assert not np.allclose(before.prior_left[1], after.prior_left[1])
+
+
+def test_degenerate_screens_give_finite_estimates(toy):
+    effects = toy.effect_set(4, n_cells=[2, 2, 60, 60])
+    effects.effect[:, 2] = effects.variance[:, 2] = effects.se[:, 2] = 0
+    screen = Screen.of(effects, 0.05)
+    one_neighbour = toy.location_set(effects, [[1, 0, 0, 0]], ["t1"])
+    pseudo = {"single": debias.pseudo_targets(screen, one_neighbour, "single", 1)}
+    model = debias.fit_uncalibrated(screen, Queries.of(screen, one_neighbour), (), 0.0)
+    found = debias.estimate(model, screen, Queries.of(screen, one_neighbour), "target")
+    assert len(pseudo["single"].queries) == 0
+    assert np.isfinite(found.variance).all()
+    assert found.df[0] > 0
+    assert (found.variance[0, [0, 1, 3, 4]] > 0).all()
+
+
+def test_level_factor_gives_nominal_coverage_of_heavy_tailed_errors():
+    random = np.random.default_rng(0)
+    error = random.normal(size=(200, 100)) * np.where(random.random((200, 100)) < 0.05, 3.0, 1.0)
+    variance = np.full(error.shape, float((error**2).mean()))
+    found = debias.Estimate(error, variance, 0 * error, 0 * error, np.full(200, 30.0), 0 * error)
+    factor = debias.level_factor(error, found, 0 * error, 0.95)
+    covered = (np.abs(error) <= 2.04 * np.sqrt(factor * variance)).mean()
+    assert factor < 1
+    assert covered == pytest.approx(0.95, abs=0.02)
+
+
+def test_mix_is_the_same_sparse_and_dense():
+    random = np.random.default_rng(0)
+    weights = random.random((30, 40)) * (random.random((30, 40)) < 0.05)
+    values = random.normal(size=(40, 7))
+    assert np.allclose(debias.mix(weights, values), weights @ values)

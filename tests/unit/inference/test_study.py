@@ -1,0 +1,79 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from dbdiffusion.config.inference import InferenceConfig
+from dbdiffusion.inference import study
+from dbdiffusion.inference.simulate import simulate
+from dbdiffusion.runtime.seeds import rng
+
+
+def test_study_resumes_and_has_its_columns(tmp_path, monkeypatch):
+    sizes = {"perturbations": [20], "difficulties": ["weak"], "generators": ["useless"], "screens": 2, "scratch": tmp_path / "scratch"}
+    first = study.run_study(tmp_path / "study.parquet", **sizes)
+    monkeypatch.setattr(study, "simulate", None)  # a second run makes no screen
+    second = study.run_study(tmp_path / "again.parquet", **sizes)
+    pd.testing.assert_frame_equal(first, second)
+    assert (tmp_path / "study.parquet").read_bytes() == (tmp_path / "again.parquet").read_bytes()
+    wanted = [
+        "difficulty",
+        "perturbations",
+        "generator",
+        "error_model",
+        "level",
+        "coverage",
+        "width",
+        "q",
+        "fdr",
+        "power",
+        "power_replicate",
+    ]
+    assert {*wanted, "screens", "coverage_low", "fdr_high", "power_low"} <= set(first.columns)
+    assert set(first["screens"]) == {2}
+    assert {"t", "conformal", "cells_only", "selection"} <= set(first["error_model"])
+
+
+@pytest.fixture(scope="module")
+def rates():
+    """Seeded screens of moderate size: means over screens and their standard errors."""
+    rows = []
+    for difficulty in ("informative", "wrong"):
+        for index in range(5):
+            sizes = {"difficulty": difficulty, "perturbations": 50, "generator": "informative"}
+            screen = simulate(rng(11, difficulty, index), **sizes, targets=16, genes=100)
+            rows += [{**sizes, "screen": index, **r} for r in study.screen_rows(screen, InferenceConfig(), 1)]
+    return study.summarise(pd.DataFrame(rows)).set_index(["difficulty", "error_model"])
+
+
+@pytest.mark.parametrize("difficulty", ["informative", "wrong"])
+def test_intervals_cover_at_their_level(rates, difficulty):
+    at = rates.loc[difficulty]
+    t = at.loc["t"][lambda f: f["level"] == 0.95].iloc[0]
+    assert 0.93 - (t["coverage_high"] - t["coverage"]) <= t["coverage"] <= 0.985
+    published = at.loc["cells_only"][lambda f: f["level"] == 0.95].iloc[0]
+    assert published["coverage"] < 0.9
+
+
+@pytest.mark.parametrize("difficulty", ["informative", "wrong"])
+def test_calls_keep_their_rate_and_find_something(rates, difficulty):
+    for q in (0.1, 0.2):
+        calls = rates.loc[difficulty].loc["selection"][lambda f, q=q: f["q"] == q].iloc[0]
+        assert calls["fdr_low"] <= q
+        assert calls["fdr_target_low"] <= q
+        assert calls["power"] >= 0.4 * calls["power_replicate"]
+
+
+@pytest.mark.parametrize("difficulty", ["informative", "wrong"])
+def test_tuned_and_stacked_estimates_beat_the_neighbour_mean_where_the_generator_is_informative(rates, difficulty):
+    at = rates.loc[difficulty]["mse_ratio"].dropna()
+    assert at["estimate:dbdiffusion"] < 0.9
+    assert at["estimate:stacked"] <= at["estimate:dbdiffusion"] * 1.02
+
+
+def test_a_useless_generator_costs_nothing():
+    ratios = []
+    for index in range(3):
+        screen = simulate(rng(12, index), difficulty="informative", perturbations=40, generator="useless", targets=20, genes=80)
+        rows = study.screen_rows(screen, InferenceConfig(), 1)
+        ratios.append([r["mse_ratio"] for r in rows if r["error_model"] == "estimate:dbdiffusion"][0])
+    assert np.mean(ratios) < 1.01

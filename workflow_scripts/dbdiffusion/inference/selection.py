@@ -1,0 +1,312 @@
+"""Calls by conformal selection (Jin and Candes 2023): which genes would an experiment on the target call?
+
+The claim for target t and gene j is Y_tj = "the cells of an experiment on t, as large as those of the screen, would call j
+differentially expressed". Pseudo-targets have both the prediction, made without their cells, and Y from their own cells.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import expit
+
+from dbdiffusion.inference.debias import Estimate, Queries, Screen, mix
+from dbdiffusion.inference.ttest import benjamini_hochberg
+
+PAIR_FEATURES = (
+    "z",
+    "expected_z",
+    "neighbour_z",
+    "neighbour_calls",
+    "neighbour_signed_calls",
+    "agreement",
+    "effect",
+    "gene_rate",
+    "gene_signed_rate",
+)
+"""What is known of a target and a gene; the first EVIDENCE of them are also multiplied with the target's features."""
+EVIDENCE = 5
+TARGET_FEATURES = ("neighbour_strength", "predicted_strength", "coherence", "largest_weight", "confidence", "k_eff")
+"""What is known of a target: how far its evidence can be believed."""
+PENALTY = 10.0
+"""Ridge penalty of the score on standardised terms."""
+FIT_PAIRS = 40000
+"""About so many pairs fit a score; all of them calibrate it."""
+SCORE_FOLDS = 5
+"""Groups of pseudo-targets left out in turn when scores are fitted."""
+ABSTAIN = (0.25, 0.2, 0.15, 0.1, 0.05)
+"""Shares of pseudo-targets, those of least location confidence, that may be left out."""
+KEPT, MIN_ABSTAIN = 0.97, 40
+"""They are left out where this share of the true calls is kept without them, and where there are so many pseudo-targets to tell."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is known of R queries and G genes before any experiment: pair (R, G, F) and target (R, T), float32."""
+
+    pair: np.ndarray
+    target: np.ndarray
+
+    def rows(self, at: np.ndarray) -> Features:
+        return Features(self.pair[at], self.target[at])
+
+    def expanded(self) -> np.ndarray:
+        """All terms of the score (R, G, F + T + EVIDENCE T): pair, target, and products of evidence and target features."""
+        r, g, _ = self.pair.shape
+        target = np.broadcast_to(self.target[:, None, :], (r, g, self.target.shape[1]))
+        cross = (self.pair[..., :EVIDENCE, None] * target[..., None, :]).reshape(r, g, -1)
+        return np.concatenate([self.pair, target, cross], axis=-1)
+
+
+def coherence(screen: Screen, queries: Queries) -> np.ndarray:
+    """Do the neighbours of a query agree with one another? Weighted mean correlation (R,) of their effects, pairs of two."""
+    z = np.clip(screen.effects.effect / np.maximum(screen.effects.se, 1e-9), -20, 20)
+    z /= np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-9)
+    similarity = z @ z.T
+    np.fill_diagonal(similarity, 0.0)
+    pairs = np.maximum(1.0 - (queries.local**2).sum(1), 1e-6)
+    return (mix(queries.local, similarity) * queries.local).sum(1) / pairs
+
+
+def features(screen: Screen, queries: Queries, found: Estimate, views: list[np.ndarray], at: np.ndarray | None = None) -> Features:
+    """Features of queries from their estimate and from effects and calls of the training perturbations.
+
+    views: effects (R, G) of each predictor; at: (R,) the queries' rows among the training perturbations when they are
+    pseudo-targets, whose own labels are then left out of the gene's rate.
+    """
+    effects, labels = screen.effects, screen.labels.astype(np.float32)
+    signed = labels * np.sign(effects.effect).astype(np.float32)
+    sign = np.sign(found.effect).astype(np.float32)
+    se = np.maximum(np.sqrt(found.variance + screen.control_sampling), 1e-9)
+    typical = np.maximum(np.median(effects.se, axis=0), 1e-9)
+    expected = np.abs(found.effect) / typical
+    n, shape = len(effects.perturbations), found.effect.shape
+    agreement = np.zeros(shape)
+    for view in views:
+        agreement += np.clip(sign * view / typical, -6, 6) / len(views)
+    rate, signed_rate = labels.sum(0), signed.sum(0)
+    if at is not None:
+        rate, signed_rate, n = rate - labels[at], signed_rate - signed[at], n - 1
+    columns = (
+        np.log1p(np.abs(found.effect) / se),
+        np.log1p(expected),
+        np.clip(sign * queries.base / se, -10, 10),
+        mix(queries.local, labels),
+        sign * mix(queries.local, signed),
+        agreement,
+        np.sqrt(np.abs(found.effect)),
+        np.sqrt(rate / max(n, 1)),
+        sign * (signed_rate / max(n, 1)),
+    )
+    pair = np.empty((*shape, len(columns)), dtype=np.float32)
+    for k, column in enumerate(columns):
+        pair[..., k] = column
+    target = (
+        np.log1p(queries.local @ labels.sum(1)),
+        np.log1p((expected**2).mean(1)),
+        coherence(screen, queries),
+        queries.local.max(1),
+        queries.info["confidence"].to_numpy(dtype=float),
+        np.log(np.maximum(queries.info["k_eff"].to_numpy(dtype=float), 1e-3)),
+    )
+    return Features(pair, np.column_stack(target).astype(np.float32))
+
+
+LEVELS = np.geomspace(0.001, 1.0, 200)
+"""Levels of Benjamini-Hochberg at which the error of pseudo-targets is measured (fdr `target`)."""
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Scores and their calibration on pseudo-targets.
+
+    coefficients (1 + F + T + EVIDENCE T,): log odds of Y, intercept first; null: sorted out-of-fold scores of the calibration
+    pairs with Y = 0; pairs: all calibration pairs; unit: `pooled` or `target`; curve: thresholds (of the score, or of the
+    target's Benjamini-Hochberg q) and the nominal rate at which they are allowed; min_confidence: of targets with calls.
+    """
+
+    coefficients: np.ndarray
+    min_confidence: float
+    null: np.ndarray
+    pairs: int
+    unit: str
+    curve: tuple[np.ndarray, np.ndarray]
+
+    def score(self, x: Features) -> np.ndarray:
+        """Log odds (R, G) that an experiment would call the pair."""
+        return score(self.coefficients, x)
+
+    def p_values(self, scores: np.ndarray) -> np.ndarray:
+        """Conformal p of `Y = 0`: (1 + calibration pairs with Y = 0 and a score as high) / (1 + calibration pairs)."""
+        above = len(self.null) - np.searchsorted(self.null, scores, side="left")
+        return (1.0 + above) / (1.0 + self.pairs)
+
+    def q_values(self, scores: np.ndarray) -> np.ndarray:
+        """The smallest nominal rate at which each pair (R, G) is called; the better the score, the smaller."""
+        grid, q = self.curve
+        if self.unit == "pooled":
+            at = np.searchsorted(grid, scores, side="right") - 1
+            return np.where(at >= 0, q[np.maximum(at, 0)], 1.0)
+        at = np.searchsorted(grid, benjamini_hochberg(self.p_values(scores)), side="left")
+        return np.where(at < len(grid), q[np.minimum(at, len(grid) - 1)], 1.0)
+
+
+def pooled_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Thresholds (ascending) and the false discovery rate of `call all pairs with a score at least that`.
+
+    The larger of two estimates from the K pseudo-targets (rows), each with one error more than was seen:
+    pooled, (1 + false calls) / calls: conformal p-values with Benjamini-Hochberg over a population of targets;
+    per target, (1 + sum of false discovery proportions) / (1 + K): the conformal risk control bound (Angelopoulos et
+    al. 2024), for which the perturbation is the unit and dependence between its genes does not matter.
+    Each threshold has the least rate among itself and looser ones, as in the step-up procedure.
+    """
+    n_targets, n_genes = scores.shape
+    flat = scores.ravel()
+    order = np.argsort(-flat, kind="stable")
+    false = ~labels.ravel()[order]
+    pooled = (1.0 + np.cumsum(false)) / np.arange(1, len(order) + 1)
+    per_target = (1.0 + _running_fdp(order // n_genes, false, n_targets)) / (1.0 + n_targets)
+    rate = np.minimum(np.maximum(pooled, per_target), 1.0)
+    ends = np.append(flat[order][1:] < flat[order][:-1], True)
+    q = np.minimum.accumulate(rate[ends][::-1])
+    return flat[order][ends][::-1], q
+
+
+def _running_fdp(owner: np.ndarray, false: np.ndarray, n_targets: int) -> np.ndarray:
+    """Sum over targets of false / called after each pair, pairs in the order of calling; owner: target of a pair."""
+    by_target = np.argsort(owner, kind="stable")
+    count = np.bincount(owner, minlength=n_targets)
+    first = np.repeat(np.cumsum(count) - count, count)
+    total = np.cumsum(false[by_target])
+    before = np.where(first > 0, total[first - 1], 0)
+    fdp = (total - before) / (np.arange(len(owner)) - first + 1)
+    change = np.diff(fdp, prepend=0.0)
+    starts = np.cumsum(count) - count
+    starts = starts[count > 0]
+    change[starts] = fdp[starts]
+    out = np.empty(len(owner))
+    out[by_target] = change
+    return np.cumsum(out)
+
+
+def target_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Levels of Benjamini-Hochberg within a target (ascending) and the mean false discovery proportion they give.
+
+    Conformal p of each pseudo-target from the other ones; (1 + sum of false discovery proportions) / (1 + K), at the worst
+    level not above: conformal risk control with the perturbation as unit.
+    """
+    n_targets, n_genes = scores.shape
+    null = np.sort(scores[~labels])
+    above = len(null) - np.searchsorted(null, scores, side="left")
+    for k in range(n_targets):
+        own = np.sort(scores[k][~labels[k]])
+        above[k] -= len(own) - np.searchsorted(own, scores[k], side="left")
+    adjusted = benjamini_hochberg((1.0 + above) / (1.0 + (n_targets - 1) * n_genes))
+    rate = np.empty(len(LEVELS))
+    for i, level in enumerate(LEVELS):
+        called = adjusted <= level
+        false = (called & ~labels).sum(1) / np.maximum(called.sum(1), 1)
+        rate[i] = (1.0 + false.sum()) / (1.0 + n_targets)
+    return LEVELS, np.minimum(np.maximum.accumulate(rate), 1.0)
+
+
+def score(coefficients: np.ndarray, x: Features) -> np.ndarray:
+    """Log odds (R, G). Products with target features are slopes of the target's own, so that nothing is expanded."""
+    n_pair, n_target = x.pair.shape[-1], x.target.shape[-1]
+    parts = np.split(coefficients, [1, 1 + n_pair, 1 + n_pair + n_target])
+    slopes = np.tile(parts[1], (len(x.target), 1))
+    slopes[:, :EVIDENCE] += x.target @ parts[3].reshape(EVIDENCE, n_target).T
+    level = parts[0] + x.target @ parts[2]
+    return np.einsum("rgf,rf->rg", x.pair, slopes.astype(np.float32)) + level[:, None]
+
+
+def _logistic(x: Features, labels: np.ndarray) -> np.ndarray:
+    """Intercept and coefficients of the log odds; the rate alone where there is one class. Ridge penalty on standardised terms."""
+    terms = x.expanded()
+    terms, y = terms.reshape(-1, terms.shape[-1]), labels.ravel()
+    if y.all() or not y.any():
+        rate = np.clip(y.mean(), 1e-4, 1 - 1e-4)
+        return np.append(np.log(rate / (1 - rate)), np.zeros(terms.shape[1]))
+    centre, width = terms.mean(0), terms.std(0)
+    width = np.where(width > 1e-6, width, np.inf)
+    beta = ridge_logistic((terms - centre) / width, y)
+    slope = beta[1:] / width
+    return np.append(beta[0] - slope @ centre, slope)
+
+
+def ridge_logistic(x: np.ndarray, y: np.ndarray, penalty: float = PENALTY) -> np.ndarray:
+    """Intercept and slopes (1 + F,) that minimise the logistic loss of y (N,) on x (N, F) plus penalty / 2 times the squared
+    slopes, by Newton steps, halved where the loss would grow."""
+    design = np.column_stack([np.ones(len(x)), x]).astype(float)
+    ridge = np.append(0.0, np.full(x.shape[1], penalty))
+    sign = np.where(y, -1.0, 1.0)
+
+    def loss(beta: np.ndarray) -> float:
+        return float(np.logaddexp(0.0, sign * (design @ beta)).sum() + 0.5 * ridge @ beta**2)
+
+    beta = np.zeros(design.shape[1])
+    rate = y.mean()
+    beta[0] = np.log(rate / (1 - rate))
+    now = loss(beta)
+    for _ in range(50):
+        p = expit(design @ beta)
+        gradient = design.T @ (p - y) + ridge * beta
+        # A little more curvature than there is, where all p are near 0 or 1.
+        curve = (design * np.maximum(p * (1 - p), 1e-6)[:, None]).T @ design + np.diag(ridge)
+        step = np.linalg.solve(curve + 1e-9 * np.eye(len(beta)), gradient)
+        while loss(beta - step) > now and np.abs(step).max() > 1e-9:
+            step /= 2
+        beta = beta - step
+        before, now = now, loss(beta)
+        if before - now <= 1e-8 * abs(before):
+            break
+    return beta
+
+
+def fit_selector(
+    x: Features, labels: np.ndarray, folds: np.ndarray, unit: str, q: float, pairs: int, random: np.random.Generator
+) -> Selector:
+    """Fit scores on the features and labels (K, G) of pseudo-targets, out of fold, and calibrate them.
+
+    Scores of pseudo-targets come from a fit without their fold; those of targets from the mean of the fits. Where
+    pseudo-targets of low location confidence hold (almost) none of the true calls at rate q, they are left out and targets as
+    uncertain get no calls. pairs: at most so many pairs, the same genes for every pseudo-target.
+    """
+    n_targets, n_genes = labels.shape
+    per_target = max(1, min(n_genes, pairs // n_targets))
+    if per_target < n_genes:
+        genes = np.sort(random.permutation(n_genes)[:per_target])
+        x, labels = Features(x.pair[:, genes], x.target), labels[:, genes]
+    scores = np.empty(labels.shape)
+    every = []
+    folds = folds % SCORE_FOLDS
+    for h in range(int(folds.max()) + 1):
+        out = np.flatnonzero(folds == h)
+        rest = np.flatnonzero(folds != h)
+        thin = np.arange(0, labels.shape[1], max(1, len(rest) * labels.shape[1] // FIT_PAIRS))
+        every.append(_logistic(Features(x.pair[np.ix_(rest, thin)], x.target[rest]), labels[np.ix_(rest, thin)]))
+        scores[out] = score(every[-1], x.rows(out))
+    curve_of = pooled_curve if unit == "pooled" else target_curve
+    kept = _confident(scores, labels, x.target[:, TARGET_FEATURES.index("confidence")], q)
+    used = scores[kept], labels[kept]
+    confidence = x.target[kept, TARGET_FEATURES.index("confidence")].min() if not kept.all() else -np.inf
+    return Selector(np.mean(every, axis=0), float(confidence), np.sort(used[0][~used[1]]), used[1].size, unit, curve_of(*used))
+
+
+def _confident(scores: np.ndarray, labels: np.ndarray, confidence: np.ndarray, q: float) -> np.ndarray:
+    """Which pseudo-targets (K,) stay in: all but the largest share of least confidence that holds (almost) no true call.
+
+    Calls are those at rate q with everyone in, so that no threshold is chosen for the calls it would give.
+    """
+    everyone = np.ones(len(scores), dtype=bool)
+    grid, rates = pooled_curve(scores, labels)
+    allowed = np.flatnonzero(rates <= q)
+    if len(scores) < MIN_ABSTAIN or not len(allowed):
+        return everyone
+    true = ((scores >= grid[allowed[0]]) & labels).sum(1)
+    for share in ABSTAIN:
+        kept = confidence > np.quantile(confidence, share)
+        if true[kept].sum() >= KEPT * true.sum():
+            return kept
+    return everyone
