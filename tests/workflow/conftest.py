@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 REPO = Path(__file__).resolve().parents[2]
 SHARED = REPO.parent / "shared" / "data"
@@ -22,11 +23,19 @@ class Project:
     path: Path
     configfiles: tuple[str, ...] = ("tests/workflow/tiny.yaml",)
 
-    def snakemake(self, *arguments: str, check: bool = True, cores: int = 2) -> subprocess.CompletedProcess[str]:
-        """Run Snakemake in the copy; with check, a failure shows its output."""
+    def snakemake(
+        self, *arguments: str, config: dict | None = None, check: bool = True, cores: int = 2
+    ) -> subprocess.CompletedProcess[str]:
+        """Run Snakemake in the copy, with `config` merged over the configfiles; with check, a failure shows its output."""
         command = [sys.executable, "-m", "snakemake", "--cores", str(cores), *arguments]
+        configfiles = list(self.configfiles)
+        if config:
+            # A file, since --config reads every nested value as text.
+            over = self.path / "override.yaml"
+            over.write_text(yaml.safe_dump(config))
+            configfiles.append(over.name)
         # `--configfile` last: it takes every word that follows.
-        done = subprocess.run([*command, "--configfile", *self.configfiles], cwd=self.path, text=True, capture_output=True)
+        done = subprocess.run([*command, "--configfile", *configfiles], cwd=self.path, text=True, capture_output=True)
         if check and done.returncode:
             raise AssertionError(f"snakemake {arguments} failed\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
         return done

@@ -81,7 +81,7 @@ def test_comment_in_the_library_reruns_nothing(finished):
 
 
 def test_config_edit_reruns_its_block_alone(finished):
-    rules = planned(finished.snakemake("--dry-run", "--config", "inference={q: 0.2}").stdout)
+    rules = planned(finished.snakemake("--dry-run", config={"inference": {"q": 0.2}}).stdout)
     assert "test_de" in rules
     assert not rules & {"qc", "train_vae", "train_diffusion", "generate", "baselines"}
 

@@ -12,7 +12,7 @@ def test_targets_nobody_measured(fresh):
     counts = ad.read_h5ad(fresh.path / "results/tiny/raw/counts.h5ad")
     perturbed = {part for label in counts.obs["perturbation"].astype(str).unique() for part in label.split("+")}
     gene = next(g for g in counts.var_names if g not in perturbed and not g.startswith("MT-"))
-    fresh.snakemake("--config", "run={datasets: [tiny], targets: [" + gene + ", NOSUCHGENE]}", "splits={scheme: none, crossfit_folds: 2}")
+    fresh.snakemake(config={"run": {"targets": [gene, "NOSUCHGENE"]}, "splits": {"scheme": "none"}})
 
     folder = fresh.path / "results/tiny"
     de = contracts.DE.read(folder / "tables/de.parquet")
