@@ -17,6 +17,7 @@ pathvars:
 
 include: "rules/common.smk"
 include: "rules/data.smk"
+include: "rules/annotations.smk"
 include: "rules/embedding.smk"
 include: "rules/vae.smk"
 include: "rules/diffusion.smk"

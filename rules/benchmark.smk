@@ -26,6 +26,33 @@ rule baselines:
         "../workflow_scripts/baselines.py"
 
 
+rule location_quality:
+    input:
+        moments="results/{dataset}/seed{seed}/moments.h5ad",
+        splits="results/{dataset}/seed{seed}/splits.json",
+        effects="results/{dataset}/seed{seed}/fold{fold}/effects.parquet",
+        locations="results/{dataset}/seed{seed}/fold{fold}/locations.parquet",
+        clusters="results/{dataset}/seed{seed}/fold{fold}/clusters.parquet",
+        gene_features="results/{dataset}/seed{seed}/fold{fold}/gene_features.parquet",
+    output:
+        quality="results/{dataset}/seed{seed}/fold{fold}/location_quality.parquet",
+    log:
+        "<logs>/{dataset}/seed{seed}/fold{fold}/location_quality.log",
+    benchmark:
+        "<benchmarks>/{dataset}/seed{seed}/fold{fold}/location_quality.tsv"
+    conda:
+        "../envs/data.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(3000, times_input=10),
+        runtime=minutes(60),
+    params:
+        config=block("location", "clusters"),
+        code=code("location_quality.py"),
+    script:
+        "../workflow_scripts/location_quality.py"
+
+
 rule score:
     input:
         unpack(method_means),

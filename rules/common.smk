@@ -134,7 +134,7 @@ def figures():
         out += expand(
             "results/{dataset}/figures/{name}.png",
             dataset=CONFIG.run.datasets,
-            name=["scores", "calibration", "predicted_observed", "intervals"],
+            name=["scores", "calibration", "predicted_observed", "intervals", "location_quality"],
         )
         out += expand(
             "results/{dataset}/figures/seed{seed}_fold{fold}_{name}.png",

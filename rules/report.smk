@@ -314,6 +314,38 @@ rule figure_location:
         "../workflow_scripts/figure_location.py"
 
 
+rule figure_location_quality:
+    input:
+        tables=expand(
+            "results/{dataset}/seed{seed}/fold{fold}/location_quality.parquet",
+            seed=SEEDS[0],
+            fold=HELD_OUT_FOLDS,
+            allow_missing=True,
+        ),
+    output:
+        png=report(
+            "results/{dataset}/figures/location_quality.png",
+            caption="report/location_quality.rst",
+            category="{dataset}",
+            subcategory="2 Embedding and location",
+            labels={"figure": "how well perturbations are located"},
+        ),
+        pdf="results/{dataset}/figures/location_quality.pdf",
+    log:
+        "<logs>/{dataset}/figure_location_quality.log",
+    conda:
+        "../envs/figures.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(1000),
+        runtime=minutes(10),
+    params:
+        config=block("benchmark"),
+        code=code("figure_location_quality.py"),
+    script:
+        "../workflow_scripts/figure_location_quality.py"
+
+
 rule page_de:
     input:
         de="results/{dataset}/tables/de.parquet",

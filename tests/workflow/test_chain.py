@@ -50,7 +50,7 @@ def test_targets_that_cannot_be_located_say_so(finished):
 
 
 def test_nothing_to_be_done_twice(finished):
-    assert "Nothing to be done" in finished.snakemake("--dry-run").stderr
+    assert "Nothing to be done" in finished.snakemake("--dry-run").stdout
 
 
 def test_scratch_is_gone(finished):
@@ -75,7 +75,7 @@ def test_comment_in_the_library_reruns_nothing(finished):
     before = module.read_text()
     try:
         module.write_text(before + "\n# a comment\n")
-        assert "Nothing to be done" in finished.snakemake("--dry-run").stderr
+        assert "Nothing to be done" in finished.snakemake("--dry-run").stdout
     finally:
         module.write_text(before)
 

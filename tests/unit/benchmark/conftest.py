@@ -74,5 +74,5 @@ def screen(tmp_path_factory):
     located = locate(Splits.read(at.splits), "0", EffectSet.read(at.effects).perturbations)
     LocationSet.write({"all": located}, at.locations)
     long = at.features.rename_axis("gene").reset_index().melt(id_vars="gene", var_name="dimension", value_name="value")
-    contracts.GENE_FEATURES.write(long.assign(source="hand", dimension=long["dimension"].astype(int)), at.gene_features)
+    contracts.GENE_FEATURES.write(long.assign(fit="all", source="hand", dimension=long["dimension"].astype(int)), at.gene_features)
     return at

@@ -169,11 +169,24 @@ def test_permuted_never_uses_the_query(known):
 def test_join_features_balances_sources():
     frame = pd.DataFrame(
         {"source": ["a", "a", "b", "b"], "gene": ["X", "Y", "X", "Z"], "dimension": [0, 1, 0, 0], "value": [3.0, 3.0, 10.0, -10.0]}
-    )
-    joined = baselines.join_features(frame)
+    ).assign(fit="all")
+    joined = baselines.join_features(frame, "all")
     assert list(joined.index) == ["X", "Y", "Z"]
     np.testing.assert_allclose(joined.to_numpy(), [[1, 0, 1], [0, 1, 0], [0, 0, -1]])
-    assert baselines.join_features(frame.iloc[:0]).empty
+    assert baselines.join_features(frame.iloc[:0], "all").empty
+
+
+def test_join_features_takes_a_models_own_features():
+    frame = pd.DataFrame(
+        [["all", "cells", "X", 0, 5.0], ["all", "sets", "X", 0, 2.0], ["0", "cells", "Y", 0, 3.0]],
+        columns=["fit", "source", "gene", "dimension", "value"],
+    )
+    assert list(baselines.join_features(frame, "all").index) == ["X"]
+    own = baselines.join_features(frame, "0")
+    assert own.loc["X"].tolist() == [0, 1]
+    assert own.loc["Y"].tolist() == [1, 0]
+    # A model of which nothing was learned has no features, rather than those that saw its pseudo-targets.
+    assert list(baselines.join_features(frame, "1").columns) == ["sets:0"]
 
 
 def test_write_baselines(screen):
@@ -203,7 +216,7 @@ def test_write_baselines(screen):
 @pytest.mark.parametrize("name", BASELINES)
 def test_pseudo_predictions_do_not_use_the_cells_they_stand_for(screen, name):
     splits, effects = Splits.read(screen.splits), EffectSet.read(screen.effects)
-    options = {"splits": splits, "features": screen.features, "fold": "0", "seed": 1}
+    options = {"splits": splits, "features": dict.fromkeys(("all", "0", "1", "2"), screen.features), "fold": "0", "seed": 1}
     options["locations"] = LocationSet.read(screen.locations, "all", effects.perturbations)
     before = predict_fold(BASELINES[name], effects=effects, **options)
     for row, query in enumerate(effects.perturbations):
@@ -223,7 +236,7 @@ def test_no_pseudo_rows_without_crossfitting(screen):
         effects=effects,
         locations=LocationSet.read(screen.locations, "all", effects.perturbations),
         splits=replace(splits, folds=folds),
-        features=baselines.join_features(contracts.GENE_FEATURES.read(screen.gene_features)),
+        features={"all": baselines.join_features(contracts.GENE_FEATURES.read(screen.gene_features), "all")},
         fold="0",
         seed=1,
     )

@@ -316,13 +316,13 @@ def write_study(path: Path, seed: int) -> None:
     """Rates over difficulty x perturbations x generator: intervals by error model and level, calls by test and rate, and other rows."""
     random = np.random.default_rng(seed)
     rows = []
-    empty = dict.fromkeys(("level", "q", "coverage", "width", "fdr", "power", "power_replicate", "mse_ratio"), np.nan)
+    empty = dict.fromkeys(("level", "q", "coverage", "width", "fdr", "fdr_target", "power", "power_replicate", "mse_ratio"), np.nan)
     for difficulty, perturbations, generator in product(("easy", "sparse", "heterogeneous"), (30, 100, 300), ("informative", "useless")):
         cell = {"difficulty": difficulty, "perturbations": perturbations, "generator": generator, "screens": 60}
 
         def add(cell=cell, **values: object) -> None:
             row = {**empty, **cell, **values}
-            for name in ("coverage", "fdr", "power", "power_replicate"):
+            for name in ("coverage", "fdr", "fdr_target", "power", "power_replicate", "mse_ratio"):
                 value = float(np.clip(row[name] + random.normal(0, 0.01), 0, 1))
                 row |= {name: value, f"{name}_low": max(value - 0.02, 0), f"{name}_high": min(value + 0.02, 1)}
             rows.append(row)
@@ -330,8 +330,10 @@ def write_study(path: Path, seed: int) -> None:
         for (model, loss), level in product((("t", 0.0), ("conformal", 0.01), ("cells_only", 0.5), ("conservative", 0.2)), (0.8, 0.95)):
             add(error_model=model, level=level, coverage=level * (1 - loss), width=0.4)
         for (test, loss), q in product((("selection", 0.0), ("selection_target", 0.02), ("t", 0.05)), (0.1, 0.2)):
-            add(error_model=test, q=q, fdr=q * (0.8 + 4 * loss), power=0.1 + 0.0005 * perturbations - loss, power_replicate=0.55 + q)
-        rows.append({**empty, **cell, "error_model": "estimate:stacked", "mse_ratio": 0.9})
+            power = 0.1 + 0.0005 * perturbations - loss
+            add(error_model=test, q=q, fdr=q * (0.8 + 4 * loss), fdr_target=0.7 * q, power=power, power_replicate=0.55 + q)
+        for method, ratio in (("stacked", 0.4), ("dbdiffusion", 0.6), ("neighbour_mean", 1.0)):
+            add(error_model=f"estimate:{method}", mse_ratio=ratio if generator == "informative" else 0.95)
     pd.DataFrame(rows).to_parquet(path)
 
 

@@ -89,6 +89,24 @@ def test_labels_are_capped_and_come_from_every_cluster():
     assert frame["cluster"].iloc[picked].value_counts().to_dict() == {"a": 5, "b": 5, "c": 2}
 
 
+def test_a_clusters_number_stands_on_its_points_but_not_on_a_ring():
+    part = np.array([[0.0, 0.0], [1.0, 0.0], [10.0, 0.0], [11.0, 0.0]])
+    size = np.array([11.0, 1.0])
+    # The median, 5.5, is empty.
+    assert maps.number_place(part, np.zeros((0, 2)), size).tolist() == [1, 0]
+    assert maps.number_place(part, np.array([[1.0, 0.0], [10.0, 0.0]]), size).tolist() == [0, 0]
+    # A free point of the other part is too far away.
+    assert maps.number_place(part, part[:3], size).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(("width", "expected"), [(60, "near AAA, BBB, CCC"), (16, "near AAA, …"), (9.5, "near A…")])
+def test_names_are_left_out_where_they_do_not_fit(width, expected, out):
+    with style.sheet(style.COLUMN, 40, **out) as page:
+        text = style.as_many_as_fit(page.fig, "near ", ["AAA", "BBB", "CCC"], width, 6)
+        assert text == expected
+        assert page.fig.text(0, 0, text, fontsize=6).get_window_extent().width <= width / 25.4 * DPI
+
+
 def test_cells(made, out, caplog):
     cells.draw_cells(cells=made.cells, generated=made.generated, locations=made.locations, targets=made.targets, **out)
     good(out, caplog, width=style.PAGE)
@@ -123,6 +141,21 @@ def test_predicted_observed(made, out, caplog):
     good(out, caplog, width=style.PAGE)
 
 
+def test_targets_without_an_estimate_take_no_panel(made, out, caplog, monkeypatch):
+    drawn, notes = [], []
+    panel, legend = predicted_observed._measured_panel, predicted_observed.call_legend
+    monkeypatch.setattr(predicted_observed, "_measured_panel", lambda *a: drawn.append(a[2]) or panel(*a))
+    monkeypatch.setattr(predicted_observed, "call_legend", lambda *a: notes.append(a[3]) or legend(*a))
+    keys = {"de": made.root / "de.parquet", "moments": made.moments, "most": 2}
+    predicted_observed.draw_predicted_observed(targets=[made.targets[-1], *made.targets[:4]], **keys, **out)
+    assert drawn == made.targets[:2]
+    assert notes[0].endswith(f"of {made.targets[-1]}")
+    good(out, caplog)
+    predicted_observed.draw_predicted_observed(targets=[made.targets[-1]], **keys, **out)
+    assert len(drawn) == 2
+    good(out, caplog, ink=0)
+
+
 @pytest.mark.parametrize("count", [0, 1, 6])
 def test_predicted_observed_with_any_number_of_targets(count, made, out, caplog):
     predicted_observed.draw_predicted_observed(de=made.root / "de.parquet", moments=None, targets=made.targets[:count], **out)
@@ -151,6 +184,15 @@ def test_observed_halves_share_no_cell(made):
 def test_intervals(made, out, caplog):
     intervals.draw_intervals(de=made.root / "de.parquet", moments=made.moments, target=made.targets[0], method="stacked", **out)
     good(out, caplog, width=style.COLUMN)
+
+
+def test_intervals_of_the_first_target_that_has_an_estimate(made, tmp_path):
+    def draw(name: str, target) -> bytes:
+        png = tmp_path / f"{name}.png"
+        intervals.draw_intervals(de=made.root / "de.parquet", moments=made.moments, target=target, png=png, pdf=tmp_path / "figure.pdf")
+        return png.read_bytes()
+
+    assert draw("several", [made.targets[-1], *made.targets]) == draw("one", made.targets[0])
 
 
 @pytest.mark.parametrize("target", ["NOBODY", "not in the table", -1])
@@ -195,6 +237,14 @@ def test_scores_of_one_target_or_one_method_or_none(made, tmp_path, out, caplog)
     good(out, caplog, ink=0)
 
 
+def test_debiased_baselines_share_a_row():
+    summary = pd.DataFrame(
+        {"method": ["ridge", "dbdiffusion", "ridge", "replicate", "stacked"], "debiased": [False, True, True, False, True]}
+    )
+    assert scores.rows_of(summary) == ["stacked", "dbdiffusion", "ridge", scores.DEBIASED]
+    assert scores.rows_of(summary[summary.index != 2]) == ["stacked", "dbdiffusion", "ridge"]
+
+
 def test_score_panels_take_the_largest_gene_set():
     summary = pd.DataFrame({"metric": ["pearson_delta"] * 3 + ["mse"], "genes": ["all", "20", "300", "20"]})
     assert scores.choose_panels(summary) == [("pearson_delta", "all"), ("pearson_delta", "300")]
@@ -217,6 +267,33 @@ def test_the_kept_weights_are_ringed():
     assert training.best_row(record) == 1
     assert step.tolist() == [20, 40, 60]
     assert held[1] == 0.25
+
+
+def test_autoencoder_losses_are_differences_to_the_kept_weights():
+    train, held = np.array([9.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0]), np.array([5.0, 4.0, 3.0, 2.0, 2.5, 3.0, 4.0])
+    record = {"history": [{"epoch": e} for e in range(7)], "best_epoch": 3}
+    shown, validation = training.relative(record, train, held)
+    assert validation[3] == 0
+    assert validation[0] == 3
+    assert shown.tolist() == [6, 2, 1, 0, -1, -2, -3]
+    assert training.kept_row({"history": record["history"]}, held) == 3
+
+
+def test_training_losses_are_running_means():
+    values = np.array([9.0, 5.0, 4.0, np.nan, 2.0, 1.0, 0.0])
+    expected = [np.nanmean(values[max(0, i - 2) : i + 3]) for i in range(len(values))]
+    assert training.running_mean(values) == pytest.approx(expected)
+    assert np.isnan(training.running_mean(np.full(3, np.nan))).all()
+    assert training.running_mean(np.array([2.0])).tolist() == [2.0]
+
+
+def test_many_models_are_coloured_by_fold():
+    records = [{"fold": str(i // 4)} for i in range(8)]
+    by_fold = training.colours(records, [str(i) for i in range(8)])
+    assert len(set(by_fold)) == 2
+    assert by_fold[0] == by_fold[3] != by_fold[4]
+    assert len(set(training.colours(records[:5], list("abcde")))) == 5
+    assert set(training.colours([{"fold": str(i)} for i in range(20)], [str(i) for i in range(20)])) == {style.GREY}
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -249,6 +326,19 @@ def test_predictors_are_compared_at_one_rate(tmp_path):
     assert not calibration.default_only(table)["method"].str.contains("knn").any()
 
 
+def test_predictors_that_coincide_are_one_marker():
+    names = ["", "ridge", "knn", "additive", "control"]
+    part = pd.DataFrame(
+        {"test": "t", "predictor": names, "fdr": [0.1, 0.101, 0.1, 0.3, 0.3], "power": [0.2, 0.2, 0.201, 0.2, 0.4]}, index=range(5)
+    )
+    found = calibration.distinct(part, 0.01, 0.01).set_index("name")
+    assert list(found.index) == ["control (no change)", "default,\n2 others", "additive"]
+    assert found["default"].tolist() == [False, True, False]
+    assert found.loc["additive", ["fdr", "power"]].tolist() == [0.3, 0.2]
+    assert calibration.distinct(part[1:3], 0.01, 0.01)["name"].tolist() == ["k nearest neighbours,\nridge"]
+    assert len(calibration.distinct(part, 1, 1)) == 1
+
+
 def test_location(made, out, caplog):
     keys = {"effects": made.effects, "moments": made.moments, "locations": made.locations}
     location.draw_location(embedding=made.embedding, targets=made.targets, **keys, **out)
@@ -270,6 +360,16 @@ def test_training_perturbations_are_projected_on_themselves(made, scale):
 def test_study(made, out, caplog):
     study.draw_study(study=made.study, **out)
     good(out, caplog, width=style.PAGE)
+
+
+def test_study_shows_what_the_table_holds(made):
+    frame = study._read(made.study)
+    shown = {column: part for column, _, part in study.rows_of(frame, 0.95, 0.1)}
+    assert list(shown) == ["coverage", "fdr", "fdr_target", "power", "mse_ratio"]
+    assert set(shown["mse_ratio"]["error_model"]) == {"stacked", "dbdiffusion"}
+    assert set(shown["fdr_target"]["q"]) == {0.1}
+    fewer = study.rows_of(frame.drop(columns=["fdr_target", "mse_ratio"]), 0.95, 0.1)
+    assert [column for column, _, _ in fewer] == ["coverage", "fdr", "power"]
 
 
 def test_study_names_a_missing_column(made, tmp_path, out):

@@ -52,6 +52,25 @@ def test_a_page_holds_its_rows_and_nothing_from_outside(tmp_path):
     assert "http" not in text
 
 
+@pytest.mark.parametrize(
+    ("values", "places", "shown"),
+    [
+        ([1.0, 20.0, np.nan], None, ["1", "20", "–"]),
+        ([0.1234, -0.5, 0.0], 3, ["0.123", "−0.500", "0.000"]),
+        ([0.5, 0.25, 3e-7, 2e-17], 4, ["0.5000", "0.2500", "3e-07", "0.0000"]),
+        ([1234.5, 20.25], 1, ["1,234.5", "20.2"]),
+    ],
+)
+def test_numbers_of_a_column_have_the_same_decimals(values, places, shown, tmp_path):
+    frame = pd.DataFrame({"x": values})
+    assert tables_html.decimals(frame["x"]) == places
+    tables_html.write_table_page(frame, tmp_path / "page.html", title="T")
+    text = (tmp_path / "page.html").read_text()
+    assert [row[0] for row in Page(text).rows[1:]] == shown
+    # Rows are sorted by the exact value.
+    assert f'data-value="{values[0]!r}"' in text
+
+
 def test_only_the_first_rows_are_shown(tmp_path):
     tables_html.write_table_page(pd.DataFrame({"x": range(50)}), tmp_path / "page.html", title="T", top=5)
     text = (tmp_path / "page.html").read_text()
@@ -69,6 +88,8 @@ def test_called_genes_come_first_and_abstention_is_one_row(made):
     assert first["call"].iloc[0] in ("up", "down")
     assert first["q (selection)"].is_monotonic_increasing
     assert shown.loc[shown["target"] == made.targets[-1], "reason"].item() == "its gene is not measured"
+    calls = shown["call"].isin(["up", "down"]).groupby(shown["target"], sort=False).any()
+    assert calls.is_monotonic_decreasing
 
 
 def test_a_page_of_many_targets_has_fewer_genes_of_each(made, tmp_path):
@@ -90,3 +111,6 @@ def test_the_score_page_holds_the_mean_over_targets(made, tmp_path):
     mine = scores[(scores["metric"] == "mse") & (scores["method"] == "stacked") & scores["debiased"]]
     assert float(row[heads.index("mean")]) == pytest.approx(mine["value"].mean(), rel=0.01)
     assert row[heads.index("targets")] == str(len(made.targets))
+    order = list(dict.fromkeys(r[2] for r in rows if r[:2] == ["mse", "all"]))
+    assert order[:2] == ["stacked", "dbDiffusion"]
+    assert rows[0][0] == "pearson_delta"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import anndata
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
+from dbdiffusion.benchmark.baselines import BASELINES, join_features, predict_fold
 from dbdiffusion.config.datasets import FeatureSource
 from dbdiffusion.config.embedding import ClustersConfig, EmbeddingConfig, LocationConfig
 from dbdiffusion.config.qc import PanelConfig
@@ -94,22 +96,24 @@ def test_held_out_cells_change_no_byte(tiny_screen: Path, done: Path, tmp_path: 
         assert (again / name).read_bytes() == (done / name).read_bytes(), name
 
 
-def test_a_models_pseudo_targets_change_nothing_of_it(tiny_screen: Path, done: Path, tmp_path: Path) -> None:
-    """Garbage in fold q's cells: the model's locations stay, and so does where its pseudo-targets stand for debiasing."""
+@pytest.fixture(scope="module")
+def garbled(tiny_screen: Path, done: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outputs of fold 0 with garbage in the cells of cross-fit fold 0."""
+    out = tmp_path_factory.mktemp("garbled")
     splits = Splits.read(tiny_screen / "splits.json")
     hidden = set(splits.training("0")) - set(splits.fit_perturbations("0", "0"))
     # Effects (and with them the panel) belong to the whole fold: they are kept, so that only the location is under test.
-    cells = garbage(tiny_screen, tmp_path, hidden)
+    cells = garbage(tiny_screen, out, hidden)
     effects = EffectSet.read(done / "effects.parquet")
     rows = effects.perturbations.isin(hidden)
     rng = np.random.default_rng(1)
     for value in (effects.effect, effects.mean):
         value[rows] += rng.normal(size=(rows.sum(), value.shape[1]))
-    effects.write(tmp_path / "effects.parquet")
+    effects.write(out / "effects.parquet")
     write_locations(
         cells=cells,
         splits=tiny_screen / "splits.json",
-        effects=tmp_path / "effects.parquet",
+        effects=out / "effects.parquet",
         fold="0",
         features=[
             FeatureSource(kind="coexpression"),
@@ -118,11 +122,17 @@ def test_a_models_pseudo_targets_change_nothing_of_it(tiny_screen: Path, done: P
         location=LocationConfig(max_cells=400),
         clusters=ClustersConfig(),
         seed=1,
-        locations=tmp_path / "locations.parquet",
-        out_clusters=tmp_path / "clusters.parquet",
-        gene_features=tmp_path / "gene_features.parquet",
+        locations=out / "locations.parquet",
+        out_clusters=out / "clusters.parquet",
+        gene_features=out / "gene_features.parquet",
     )
-    before, after = (contracts.LOCATIONS.read(folder / "locations.parquet") for folder in (done, tmp_path))
+    return out
+
+
+def test_a_models_pseudo_targets_change_nothing_of_it(tiny_screen: Path, done: Path, garbled: Path) -> None:
+    """Garbage in fold q's cells: the model's locations stay, and so does where its pseudo-targets stand for debiasing."""
+    splits = Splits.read(tiny_screen / "splits.json")
+    before, after = (contracts.LOCATIONS.read(folder / "locations.parquet") for folder in (done, garbled))
     pseudo = set(splits.inner("0", "0"))
     for fit, keep in (("0", None), ("all", pseudo)):
         one, two = (
@@ -135,6 +145,47 @@ def test_a_models_pseudo_targets_change_nothing_of_it(tiny_screen: Path, done: P
         pd.testing.assert_frame_equal(one, two, check_categorical=False)
     # The garbage was there to be seen: targets over all training perturbations did move.
     assert not before[before["fit"] == "all"].reset_index(drop=True).equals(after[after["fit"] == "all"].reset_index(drop=True))
+
+
+def test_a_models_features_do_not_see_its_pseudo_targets(tiny_screen: Path, done: Path, garbled: Path) -> None:
+    before, after = (contracts.GENE_FEATURES.read(folder / "gene_features.parquet").astype({"fit": str}) for folder in (done, garbled))
+    assert set(before["fit"]) == {"all", "0", "1"}
+    assert set(before.loc[before["fit"] != "all", "source"]) == {"coexpression"}
+    same = {
+        fit: before[before["fit"] == fit]["value"].tolist() == after[after["fit"] == fit]["value"].tolist() for fit in ("all", "0", "1")
+    }
+    assert same == {"all": False, "0": True, "1": False}
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_no_baseline_sees_the_pseudo_targets_it_predicts(tiny_screen: Path, done: Path, garbled: Path, name: str) -> None:
+    """Garbage in fold q's cells: what is learned stays. Means of neighbours may use the others of the fold, but never the one predicted."""
+    splits = Splits.read(tiny_screen / "splits.json")
+    pseudo = splits.inner("0", "0")
+    effects, loud = (EffectSet.read(folder / "effects.parquet") for folder in (done, garbled))
+
+    def rows(effects: EffectSet, folder: Path, query: str) -> np.ndarray:
+        table = contracts.GENE_FEATURES.read(folder / "gene_features.parquet")
+        found = predict_fold(
+            BASELINES[name],
+            effects=effects,
+            locations=LocationSet.read(folder / "locations.parquet", "all", effects.perturbations),
+            splits=splits,
+            features={fit: join_features(table, fit) for fit in ("all", "0", "1")},
+            fold="0",
+            seed=1,
+        )
+        return found.mean[found.rows([query])[0]]
+
+    everyone = name not in ("neighbour_mean", "additive", "permuted")
+    for query in pseudo:
+        own = np.array([everyone or set(query.split("+")) <= set(other.split("+")) for other in effects.perturbations])
+        mixed = replace(effects, **{key: np.where(own[:, None], getattr(loud, key), getattr(effects, key)) for key in ("effect", "mean")})
+        np.testing.assert_array_equal(rows(mixed, garbled, query), rows(effects, done, query))
+    if name != "control":
+        # The garbage was there to be seen: a target, which may use all training perturbations, did move.
+        target = splits.targets("0")[0]
+        assert not np.array_equal(rows(loud, garbled, target), rows(effects, done, target))
 
 
 def test_same_input_same_bytes(tiny_screen: Path, done: Path, tmp_path: Path) -> None:

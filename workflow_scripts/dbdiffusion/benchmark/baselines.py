@@ -3,8 +3,8 @@
 A baseline is a pure function of the training effects and of what is known about the queries; it returns effects
 (Q queries x G genes) in ln(1 + CP10k). Targets are predicted from all training perturbations of the fold, and each training
 perturbation out of fold ("pseudo"), from the perturbations that its cross-fit model may see, so that baselines pass through the
-same debiasing as the generator. Gene features are those of the fold, learned without a target's cells; co-expression among them is
-learned from all training cells, pseudo-targets' included.
+same debiasing as the generator. What gene features learn from cells they learn in the same way: without the targets' cells, and for a
+pseudo-target without the cells of its cross-fit fold.
 
 Where a baseline cannot say anything about a query (it is not locatable, or its gene has no features), it predicts the training mean.
 Feature models learn from single perturbations and predict a combination as the sum of its parts.
@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dbdiffusion.config.splits import ALL
 from dbdiffusion.data.sets import CONTROL, EffectSet, LocationSet, MeanSet
 from dbdiffusion.data.splits import Splits, parts
+from dbdiffusion.perturbations.features import of_fit
 from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.errors import UserError, nearest
 from dbdiffusion.runtime.seeds import rng
@@ -40,7 +42,8 @@ class Known:
     """What a baseline may use.
 
     train: effects of the perturbations it is fitted on; all: effects of every training perturbation of the fold (the neighbours of
-    `locations`); locations: fit `all`, in which no query has weight on itself; features: genes x dimensions; seed: of the permutation.
+    `locations`); locations: fit `all`, in which no query has weight on itself; features: genes x dimensions, of the fit that the queries
+    belong to; seed: of the permutation.
     """
 
     train: EffectSet
@@ -58,17 +61,17 @@ class Known:
 Predictor = Callable[[list[str], Known], np.ndarray]
 
 
-def join_features(frame: pd.DataFrame) -> pd.DataFrame:
+def join_features(frame: pd.DataFrame, fit: str) -> pd.DataFrame:
     """One row per gene from contract GENE_FEATURES: sources side by side, scaled to the same mean squared norm per gene.
 
-    A coordinate that is absent is 0, so that a gene which one source does not know is compared by the others.
+    fit: `all`, or a cross-fit model (`features.of_fit`). A coordinate that is absent is 0, so that a gene which one source does not know
+    is compared by the others.
     """
     joined = []
-    for source, rows in frame.astype({"source": str, "gene": str}).groupby("source", sort=True):
-        wide = rows.pivot(index="gene", columns="dimension", values="value").fillna(0.0).sort_index()
-        norm = np.sqrt((wide.to_numpy() ** 2).sum(axis=1).mean())
-        wide.columns = [f"{source}:{dimension}" for dimension in wide.columns]
-        joined.append(wide / (norm if norm > 0 else 1.0))
+    for source, features in of_fit(frame, fit).items():
+        norm = np.sqrt((features.values**2).sum(axis=1).mean())
+        columns = [f"{source}:{dimension}" for dimension in range(features.values.shape[1])]
+        joined.append(pd.DataFrame(features.values / (norm if norm > 0 else 1.0), index=features.genes, columns=columns))
     return pd.concat(joined, axis=1).sort_index().fillna(0.0) if joined else pd.DataFrame(dtype=float)
 
 
@@ -94,13 +97,17 @@ def _mix(weights: np.ndarray, known: Known) -> np.ndarray:
     return np.where(lost[:, None], known.mean_effect, weights @ known.all.effect)
 
 
-def _without(weights: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Weights with one column a row set to 0 (-1: none) and the row's sum kept; 0 throughout where nothing is left to carry it."""
-    rows = np.flatnonzero(columns >= 0)
-    rows = rows[weights[rows, columns[rows]] != 0]
+def _containing(queries: Sequence[str], known: Known) -> np.ndarray:
+    """(Q, P) training perturbations that are the query or a combination with all of it."""
+    genes = [set(parts(name)) for name in known.all.perturbations]
+    return np.array([[own.issuperset(parts(query)) for own in genes] for query in queries], dtype=bool).reshape(-1, len(genes))
+
+
+def _without(weights: np.ndarray, barred: np.ndarray) -> np.ndarray:
+    """Weights (Q, P) with those barred (Q, P) set to 0 and the row's sum kept; 0 throughout where nothing is left to carry it."""
+    rows = np.flatnonzero(((weights != 0) & barred).any(axis=1))
     total = weights.sum(axis=1)
-    out = weights.copy()
-    out[rows, columns[rows]] = 0.0
+    out = np.where(barred, 0.0, weights)
     left = out.sum(axis=1)
     carried = np.abs(left) > 1e-9
     out[rows] *= np.where(carried, total / np.where(carried, left, 1.0), 0.0)[rows, None]
@@ -115,13 +122,14 @@ def neighbour_mean(queries: list[str], known: Known) -> np.ndarray:
 def permuted(queries: list[str], known: Known) -> np.ndarray:
     """Neighbour mean with the identities of the training perturbations shuffled: what location knows is lost, a negative control.
 
-    Weight that the shuffle puts on the query itself goes to its other neighbours, or the query's own cells would predict it.
+    Weight that the shuffle puts on the query itself, or on a combination with it, goes to its other neighbours, or its own effect
+    would predict it.
     """
     names = known.all.perturbations
     order = rng(known.seed, "benchmark", "permuted").permutation(len(names))
     weights = np.zeros((len(queries), len(names)))
     weights[:, order] = _weights(queries, known)
-    return _mix(_without(weights, names.get_indexer(queries)), known)
+    return _mix(_without(weights, _containing(queries, known)), known)
 
 
 def additive(queries: list[str], known: Known) -> np.ndarray:
@@ -130,7 +138,7 @@ def additive(queries: list[str], known: Known) -> np.ndarray:
     Singles, and combinations with a part that is neither measured nor located: neighbour mean of the query.
     """
     out = neighbour_mean(queries, known)
-    names, located = known.all.perturbations, known.locations.info["status"].eq("located")
+    located = known.locations.info["status"].eq("located")
     usable = set(located.index[located]) | set(known.train.perturbations)
     for row, query in enumerate(queries):
         genes = parts(query)
@@ -138,8 +146,8 @@ def additive(queries: list[str], known: Known) -> np.ndarray:
             continue
         measured = known.train.perturbations.get_indexer(genes)
         # A part's neighbours may include the combination that is predicted: its own cells must not enter.
-        own = np.full(len(genes), names.get_indexer([query])[0])
-        guessed = _mix(_without(_weights(genes, known), own), known)
+        barred = np.repeat(_containing([query], known), len(genes), axis=0)
+        guessed = _mix(_without(_weights(genes, known), barred), known)
         out[row] = np.where((measured >= 0)[:, None], known.train.effect[measured], guessed).sum(axis=0)
     return out
 
@@ -252,18 +260,28 @@ BASELINES: dict[str, Predictor] = {
 
 
 def predict_fold(
-    predictor: Predictor, *, effects: EffectSet, locations: LocationSet, splits: Splits, features: pd.DataFrame, fold: str, seed: int
+    predictor: Predictor,
+    *,
+    effects: EffectSet,
+    locations: LocationSet,
+    splits: Splits,
+    features: Mapping[str, pd.DataFrame],
+    fold: str,
+    seed: int,
 ) -> MeanSet:
-    """One baseline's means for a fold: targets, pseudo-targets (none without cross-fitting) and the control's own mean."""
+    """One baseline's means for a fold: targets, pseudo-targets (none without cross-fitting) and the control's own mean.
+
+    features: fit -> joined gene features, of `all` for the targets and of every cross-fit model for its pseudo-targets.
+    """
     measured = set(effects.perturbations)
-    groups = [("target", list(splits.targets(fold)), list(effects.perturbations))]
+    groups = [("target", ALL, list(splits.targets(fold)), list(effects.perturbations))]
     for q in splits.crossfit_names(fold):
         fit = [name for name in splits.fit_perturbations(fold, q) if name in measured]
-        groups.append(("pseudo", [name for name in splits.inner(fold, q) if name in measured], fit))
+        groups.append(("pseudo", q, [name for name in splits.inner(fold, q) if name in measured], fit))
     names, roles, predicted = [], [], []
-    for role, queries, fit in groups:
+    for role, q, queries, fit in groups:
         if queries:
-            known = Known(effects.subset(fit), effects, locations, features, seed)
+            known = Known(effects.subset(fit), effects, locations, features[q], seed)
             names += queries
             roles += [role] * len(queries)
             predicted.append(predictor(queries, known))
@@ -293,7 +311,8 @@ def write_baselines(
     measured = EffectSet.read(effects)
     located = LocationSet.read(locations, "all", measured.perturbations)
     structure = Splits.read(splits)
-    features = join_features(contracts.GENE_FEATURES.read(gene_features))
+    table = contracts.GENE_FEATURES.read(gene_features)
+    features = {fit: join_features(table, fit) for fit in dict.fromkeys([ALL, *structure.crossfit_names(fold)])}
     for name in names:
         predict_fold(BASELINES[name], effects=measured, locations=located, splits=structure, features=features, fold=fold, seed=seed).write(
             outputs[name]

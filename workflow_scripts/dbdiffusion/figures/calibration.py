@@ -104,7 +104,7 @@ def _quantiles(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
     ax.set_ylim(0, 1)
     ax.set_xlabel("expected quantile of p")
     ax.set_ylabel("observed p")
-    ax.set_title(f"Control guides held out ({_trials(part, 'p value')})")
+    ax.set_title(f"Control guides ({_trials(part, 'p value')})")
 
 
 def default_only(part: pd.DataFrame) -> pd.DataFrame:
@@ -122,15 +122,21 @@ def _replicate(ax: Axes, part: pd.DataFrame) -> pd.DataFrame:
 
 def _discoveries(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
     part = default_only(rows_of(table, "fdr"))
+    pooled = default_only(rows_of(table, "fdr", "pooled"))
     _lines(ax, part, looks)
+    for row in pooled[pooled["method"].isin(looks)].itertuples():
+        colour, marker = looks[row.method]
+        at = row.level + 0.03 * float(part["level"].max())
+        ax.plot([at, at], [row.low, row.high], color=colour, lw=0.6, alpha=0.6, zorder=2)
+        ax.plot(at, row.value, marker=marker, ms=3.6, mfc="white", mec=colour, mew=0.8, ls="none", zorder=2.5)
     replicate = _replicate(ax, rows_of(table, "fdr_replicate"))
     top = max(float(part["level"].max()) * 1.15, 0.02)
     ax.plot([0, 1], [0, 1], **DASHED)
     ax.fill_between([0, 1], [0, 1], [0, 0], color=style.GREEN, alpha=0.08, lw=0, zorder=0)
     ax.set_xlim(0, top)
-    ax.set_ylim(0, min(1.02, max(top, 1.1 * float(pd.concat([part, replicate])[["value", "high"]].max().max()))))
+    ax.set_ylim(0, min(1.03, max(top, 1.05 * float(pd.concat([part, pooled, replicate])[["value", "high"]].max().max()))))
     ax.set_xlabel("nominal FDR q")
-    ax.set_ylabel("observed FDR, mean over targets")
+    ax.set_ylabel("observed FDR")
     ax.set_title(f"False discoveries ({_trials(part, 'target')})")
 
 
@@ -156,33 +162,55 @@ def predictors(table: pd.DataFrame) -> pd.DataFrame:
     return both.loc[both["test"].isin(style.ERROR_LOOKS), ["test", "predictor", "level", "fdr", "power"]].reset_index(drop=True)
 
 
+def distinct(part: pd.DataFrame, width: float, height: float) -> pd.DataFrame:
+    """Predictors that a test cannot tell apart on the page, as one row: columns test, fdr, power, default (bool), name.
+
+    part: as `predictors` returns it; width, height: what two rows of a group may differ by in FDR and in power. The name
+    is that of the predictor, of two predictors, or their number.
+    """
+    rows = []
+    for test, found in part.groupby("test", sort=True):
+        left = found.sort_values(["power", "fdr", "predictor"], ascending=[False, True, True])
+        while len(left):
+            first = left.iloc[0]
+            near = ((left["fdr"] - first["fdr"]).abs() <= width) & ((left["power"] - first["power"]).abs() <= height)
+            group, left = left[near], left[~near]
+            names = ["default" if p == "" else style.method_name(p) for p in style.method_order(group["predictor"])]
+            others = [n for n in names if n != "default"]
+            start = ["default"] * ("default" in names)
+            end = others if len(others) <= 2 - len(start) else [f"{len(others)} others" if start else f"{len(others)} predictors"]
+            rows.append(
+                {
+                    "test": test,
+                    "fdr": group["fdr"].mean(),
+                    "power": group["power"].mean(),
+                    "default": bool(start),
+                    "name": ",\n".join(start + end),
+                }
+            )
+    return pd.DataFrame(rows, columns=["test", "fdr", "power", "default", "name"])
+
+
 def _trade(page: style.Sheet, ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
-    """Power against FDR of all predictors; the default prediction is large, the replicate a black bar."""
+    """Power against FDR of all predictors, those that coincide as one marker; the default prediction has an outline."""
     part = predictors(table)
-    for test, rows in part.groupby("test", sort=True):
-        colour, marker = looks.get(test, style.ERROR_LOOKS[test])
-        default = rows["predictor"] == ""
-        ax.scatter(rows["fdr"][~default], rows["power"][~default], s=12, marker=marker, c=colour, alpha=0.55, linewidths=0, zorder=2)
-        ax.scatter(
-            rows["fdr"][default], rows["power"][default], s=34, marker=marker, c=colour, edgecolors=style.BLACK, linewidths=0.7, zorder=3
-        )
     level = float(part["level"].iloc[0])
-    replicate = [rows_of(table, c) for c in ("fdr_replicate", "power_replicate")]
-    at = [float(r.loc[r["level"] == level, "value"].mean()) if (r["level"] == level).any() else np.nan for r in replicate]
-    if np.isfinite(at).all():
-        ax.scatter(*at, s=40, marker="_", c=style.BLACK, linewidths=1.2, zorder=3)
+    right, top = 1.25 * max(float(part["fdr"].max()), 1.2 * level), 1.25 * max(float(part["power"].max()), 0.02)
+    groups = distinct(part, 0.02 * right, 0.02 * top)
+    for row in groups.itertuples():
+        colour, marker = looks.get(row.test, style.ERROR_LOOKS[row.test])
+        edge = {"edgecolors": style.BLACK, "linewidths": 0.8} if row.default else {"linewidths": 0}
+        ax.scatter(row.fdr, row.power, s=26, marker=marker, c=colour, zorder=3, clip_on=False, **edge)
     ax.axvspan(0, level, color=style.GREEN, alpha=0.08, lw=0, zorder=0)
     ax.axvline(level, **DASHED)
-    ax.set_xlim(-0.03 * max(part["fdr"].max(), 2 * level), None)
-    ax.margins(x=0.1, y=0.12)
+    ax.set_xlim(-0.04 * right, right)
+    lowest = float(part["power"].min())
+    ax.set_ylim(-0.05 * top if lowest < 0.3 * top else 0.7 * lowest, top)
     ax.xaxis.set_major_locator(MaxNLocator(4))
-    named = part[(part["predictor"] != "") & ((part["power"] > 0) | (part["fdr"] > 0))]
-    named = named.sort_values(["power", "predictor", "test"], ascending=[False, True, True]).head(8)
-    avoid = (part["fdr"].to_numpy(), part["power"].to_numpy())
-    page.label(ax, named["fdr"].to_numpy(), named["power"].to_numpy(), [style.method_name(p) for p in named["predictor"]], avoid=avoid)
-    ax.set_xlabel("observed FDR")
+    page.label(ax, groups["fdr"].to_numpy(), groups["power"].to_numpy(), groups["name"].tolist(), linespacing=1.0, fontsize=5.5)
+    ax.set_xlabel("observed FDR, mean over targets")
     ax.set_ylabel("share of DE genes called")
-    ax.set_title(f"Predictors at q = {level:g} (outline: default)")
+    ax.set_title(f"Predictors at q = {level:g}")
 
 
 def _stratum_order(stratum: str) -> tuple[str, int, str]:
@@ -228,7 +256,8 @@ def _nearest_level(part: pd.DataFrame, wanted: float) -> pd.DataFrame:
 def _checks(ax: Axes, part: pd.DataFrame, looks: Looks) -> None:
     names = {check: label for check, label in CHECK_NAMES.items() if check in set(part["check"])}
     _dots(ax, part, "check", names, looks, xlabel="rate (grey: limit)", title=f"Null checks and sign (at q = {RATE:g})")
-    ax.set_xlim(left=min(0.0, float(part[["value", "low"]].min().min())))
+    right = 1.06 * float(np.nanmax(part[["value", "high", "level"]].to_numpy()))
+    ax.set_xlim(min(-0.03 * right, 1.05 * float(part["value"].min())), right)
 
 
 def _strata(ax: Axes, part: pd.DataFrame, looks: Looks) -> None:
@@ -293,11 +322,13 @@ def draw_calibration(*, calibration: str | Path, png: str | Path, pdf: str | Pat
         for ax, (draw, part) in zip(more, dots, strict=True):
             draw(ax, part, looks)
         style.letter_panels([*axes, *more])
-        _legend(page, [*axes, *more][0], looks, bool(len(rows_of(table, "power_replicate"))))
+        _legend(page, [*axes, *more][0], looks, table)
 
 
-def _legend(page: style.Sheet, ax: Axes, looks: Looks, replicate: bool) -> None:
+def _legend(page: style.Sheet, ax: Axes, looks: Looks, table: pd.DataFrame) -> None:
     handles = [ax.plot([], [], color=c, marker=m, ms=3.2, mew=0, label=style.error_name(k))[0] for k, (c, m) in looks.items()]
-    if replicate:
+    if len(rows_of(table, "fdr", "pooled")):
+        handles += ax.plot([], [], "o", ms=3.6, mfc="white", mec=style.DARK, mew=0.8, label="hollow: all calls pooled")
+    if len(rows_of(table, "power_replicate")):
         handles += ax.plot([], [], color=style.BLACK, lw=0.9, ls=(0, (4, 2)), label=style.ERROR_NAMES["replicate"])
-    page.fig.legend(handles=handles, loc="outside lower center", ncols=min(5, len(handles)))
+    page.fig.legend(handles=handles, loc="outside lower center", ncols=5 if len(handles) <= 10 else 4)

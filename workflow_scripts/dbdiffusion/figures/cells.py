@@ -153,27 +153,30 @@ def draw_cells(
     pdf: str | Path,
     components: int = COMPONENTS,
     seed: int = 0,
+    most: int = MAX_TARGETS,
 ) -> None:
     """Real (top) and generated (bottom) cells of each target on one UMAP with control cells and cells of its neighbours.
 
-    cells: cells.h5ad; generated: generated.h5ad (ln(1 + CP10k)); locations: contract `locations`; targets: at most 6 of them
-    that were generated. Held-out cells are read for this picture only. The PCA is learned from real cells, the UMAP from the
-    PCA scores of real and generated cells together, so that generated cells are free to fall apart from real ones. Energy
-    distances in the PCA are printed: generated to real, and control to real as the yardstick.
+    cells: cells.h5ad; generated: generated.h5ad (ln(1 + CP10k)); locations: contract `locations`; targets: the first `most`
+    (6 at the utmost) that were generated are drawn. Held-out cells are read for this picture only. The PCA is learned from real
+    cells, the UMAP from the PCA scores of real and generated cells together, so that generated cells are free to fall apart
+    from real ones. Energy distances in the PCA are printed: generated to real, and control to real as the yardstick.
     """
     present = generated_perturbations(generated)
-    shown = [t for t in targets if t in present][:MAX_TARGETS]
-    width = style.PAGE if len(shown) > 2 else max(style.COLUMN, 62.0 * len(shown))
+    shown = [t for t in targets if t in present][: min(most, MAX_TARGETS)]
     columns = max(1, len(shown))
-    side = (width - 6) / columns
-    with style.sheet(width, 2 * side + (25 if columns > 4 else 20 if columns > 2 else 30), png=png, pdf=pdf) as page:
+    width = style.PAGE if columns > 2 else 138.0
+    # Of one target the two panels stand side by side.
+    panels = (1, 2) if columns == 1 else (2, columns)
+    side = (width - 6) / panels[1] - 3
+    with style.sheet(width, panels[0] * (side + (12 if columns > 4 else 9)) + 10, png=png, pdf=pdf) as page:
         if not shown:
             style.empty(page.fig.subplots(), "No target was generated.")
             return
         neighbours = {t: neighbours_of(locations, t) for t in shown}
         sets = gather(cells, generated, shown, neighbours, seed)
         spot, scores = place(sets, components, seed)
-        axes = page.fig.subplots(2, columns, squeeze=False)
+        axes = page.fig.subplots(*panels, squeeze=False).reshape(2, columns)
         control = sets.of("control", [CONTROL])
         frame = _limits(spot)
         for column, target in enumerate(shown):
@@ -186,20 +189,20 @@ def draw_cells(
                 ax.set_xlim(frame[0])
                 ax.set_ylim(frame[1])
                 ax.set_box_aspect(1)
-            top.set_title(style.short(target, 20))
+            top.set_title(style.short(target, 22 if columns <= 4 else 16))
             _corner(top, f"n = {len(real)}", style.OBSERVED)
             _corner(bottom, f"n = {len(made)}", style.PREDICTED)
             between = ", " if columns <= 4 else "\n"
             distances = f"generated {_distance(scores, made, real)}{between}control {_distance(scores, control, real)}"
             bottom.set_title(f"energy distance:\n{distances}")
-            names = ", ".join(style.short(n, 14) for n in neighbours[target][:3]) + (", …" if len(neighbours[target]) > 3 else "")
-            top.set_xlabel(style.short(f"near: {names}", 38 if columns <= 4 else 24) if names else "not located", fontsize=6)
+            names = style.as_many_as_fit(page.fig, "near ", neighbours[target], side - 2, fontsize=6)
+            top.set_xlabel(names if neighbours[target] else "not located", fontsize=6)
         axes[0, 0].set_ylabel("real cells\n(UMAP 2)")
-        axes[1, 0].set_ylabel("generated over real\n(UMAP 2)")
+        axes[1, 0].set_ylabel("generated over real cells\n(UMAP 2)")
         for ax in axes[1]:
-            ax.set_xlabel("(UMAP 1)")
+            ax.set_xlabel("(UMAP 1)", fontsize=6)
         style.letter_panels(list(axes[0]))
-        _legend(page.fig, axes[0, 0], 5 if columns > 2 else 2)
+        _legend(page.fig, axes[0, 0], 5)
 
 
 def _legend(fig: Figure, ax: Axes, columns: int) -> None:

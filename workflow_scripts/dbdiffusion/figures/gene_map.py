@@ -30,7 +30,7 @@ def draw_gene_map(*, clusters: str | Path, perturbed: list[str], png: str | Path
         ax.scatter(named["x"], named["y"], s=16, linewidths=0.7, **ring)
         if len(named) < len(hit):
             ax.scatter(hit["x"], hit["y"], s=6, linewidths=0.3, **ring)
-        numbers = maps.number_clusters(ax, frame, looks) if len(groups) <= 40 else []
+        numbers = maps.number_clusters(ax, frame, looks, hit) if len(groups) <= 40 else []
         page.label(
             ax, named["x"].to_numpy(), named["y"].to_numpy(), [style.short(n) for n in named["name"]], color=style.BLACK, around=numbers
         )

@@ -104,7 +104,7 @@ def draw_intervals(
     *,
     de: str | Path,
     moments: str | Path | None,
-    target: str,
+    target: str | list[str],
     png: str | Path,
     pdf: str | Path,
     method: str = "dbdiffusion",
@@ -114,9 +114,13 @@ def draw_intervals(
     """The `genes` genes of `target` with the largest |predicted change| / error: estimate, interval, call and observation.
 
     de: contract `de` (its intervals have coverage `level`); moments: moments.h5ad of the same seed, or None. Genes are chosen
-    from the prediction alone. Filled points are called. Raises UserError when the method is not in the table.
+    from the prediction alone. target: of several, the first that has an estimate is drawn.
+    Filled points are called. Raises UserError when the method is not in the table.
     """
-    rows = predicted(de, method, [target]).get(target)
+    found = predicted(de, method, [target] if isinstance(target, str) else target)
+    if not isinstance(target, str):
+        target = next((t for t in target if t in found and found[t]["lfc"].notna().any()), target[0])
+    rows = found.get(target)
     part = choose_genes(rows, genes) if rows is not None else pd.DataFrame()
     truth = observe(moments, [target], list(rows.index)).get(target) if rows is not None else None
     with style.sheet(style.COLUMN, 34 + 3.6 * max(len(part), 4), png=png, pdf=pdf) as page:

@@ -103,7 +103,7 @@ def _map(
     ax.scatter(truth[:, 0], truth[:, second], s=14, c=style.OBSERVED, marker="D", linewidths=0, zorder=3)
     far = np.argsort(-np.linalg.norm(truth, axis=1), kind="stable")[:10]
     everything = (np.concatenate([truth[:, 0], at[:, 0]]), np.concatenate([truth[:, second], at[:, second]]))
-    page.label(ax, truth[far, 0], truth[far, second], [style.short(both[i], 14) for i in far], avoid=everything)
+    page.label(ax, truth[far, 0], truth[far, second], [style.short(both[i], 18) for i in far], avoid=everything)
     ax.set_xlabel("embedding coordinate 1 (sd)")
     ax.set_ylabel("embedding coordinate 2 (sd)")
     ax.set_title(f"{style.count(len(located), 'located target')} among {style.count(len(others), 'training perturbation')}")
@@ -124,13 +124,15 @@ def _distances(ax: Axes, place: pd.DataFrame, both: list[str], truth: np.ndarray
         ax.text(right * 1.04, row, names, va="center", fontsize=5.5, color=style.DARK)
     ax.set_xlim(0, right * 1.95)
     ax.set_xticks([t for t in MaxNLocator(4).tick_values(0, right) if 0 <= t <= right * 1.02])
-    ax.set_yticks(y, [style.short(both[i], 16) for i in order])
+    # The neighbours' names stand beyond the axis.
+    ax.spines["bottom"].set_bounds(0, right * 1.02)
+    ax.set_yticks(y, [style.short(both[i], 18) for i in order])
     ax.set_ylim(len(order) - 0.4, -1.2)
     ax.text(right * 1.04, -0.9, "nearest neighbours by weight", va="center", fontsize=6, color=style.DARK, style="italic")
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel("distance to the true place (sd of the embedding)")
+    ax.set_xlabel("distance to the true place\n(sd of the embedding)", x=0.5 * 1.02 / 1.95)
     more = f", {len(both) - len(order)} more not shown" if len(order) < len(both) else ""
-    ax.set_title(f"{(ratio < 1).mean():.0%} of {style.count(len(both), 'target')} nearer than the training mean{more}")
+    ax.set_title(f"{int((ratio < 1).sum())} of {style.count(len(both), 'target')} nearer than the training mean{more}")
 
 
 def _legend(fig: Figure, ax: Axes, note: str) -> None:

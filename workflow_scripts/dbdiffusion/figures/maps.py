@@ -38,14 +38,27 @@ def scatter(ax: Axes, frame: pd.DataFrame, clusters: dict[str, tuple[str, str]],
         ax.scatter(part["x"], part["y"], s=size, c=colour, marker=marker, linewidths=0.2, edgecolors="white", rasterized=raster, zorder=2)
 
 
-def number_clusters(ax: Axes, frame: pd.DataFrame, clusters: dict[str, tuple[str, str]]) -> list[Text]:
-    """The cluster's name at its median, on a white disc so that points behind it do not disturb; returns the texts."""
+def number_place(part: np.ndarray, ringed: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """The point (2,) of a cluster for its number: the one nearest to its median, or one close by that has no ringed point under it.
+
+    part: (n, 2) points of the cluster; ringed: (m, 2); size: (2,) extent of the map. A cluster may have parts: its median can be empty.
+    """
+    centre = part[np.argmin(np.hypot(*((part - np.median(part, axis=0)) / size).T))]
+    away = np.hypot(*((part - centre) / size).T)
+    for i in np.argsort(away, kind="stable"):
+        if away[i] < 0.1 and (not len(ringed) or np.hypot(*((ringed - part[i]) / size).T).min() > 0.02):
+            return part[i]
+    return centre
+
+
+def number_clusters(ax: Axes, frame: pd.DataFrame, clusters: dict[str, tuple[str, str]], ringed: pd.DataFrame) -> list[Text]:
+    """The cluster's name on one of its points, on a white disc so that points behind it do not disturb; returns the texts."""
     texts = []
+    size = np.maximum(np.ptp(frame[["x", "y"]].to_numpy(dtype=float), axis=0), 1e-12)
     for cluster, (colour, _) in clusters.items():
-        part = frame[frame["cluster"] == cluster]
+        part = frame.loc[frame["cluster"] == cluster, ["x", "y"]].to_numpy(dtype=float)
         text = ax.text(
-            part["x"].median(),
-            part["y"].median(),
+            *number_place(part, ringed[["x", "y"]].to_numpy(dtype=float), size),
             cluster,
             color=colour,
             fontsize=6.5,

@@ -8,12 +8,15 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dbdiffusion.figures import style
 from dbdiffusion.figures.observed import observe, pearson, predicted
 
-LABELS = 8
+LABELS = 6
 """Genes named in a panel."""
+TITLE = 24
+"""Characters of a target's name over a panel."""
 
 
 def _limits(*values: np.ndarray) -> tuple[float, float]:
@@ -34,18 +37,16 @@ def top_genes(score: np.ndarray, n: int) -> np.ndarray:
 def _points(ax: Axes, x: np.ndarray, y: np.ndarray, call: np.ndarray) -> None:
     raster = len(x) > style.RASTER_FROM
     for name in ("no_call", "none", "down", "up"):
-        at = call == name
-        front = name in ("up", "down")
-        ax.scatter(
-            x[at],
-            y[at],
-            s=7 if front else 4,
-            c=style.CALL_COLOURS[name] if name != "no_call" else style.GREY,
-            alpha=0.9 if front else 0.45,
-            linewidths=0,
-            rasterized=raster,
-            zorder=3 if front else 2,
-        )
+        at, front = call == name, name in ("up", "down")
+        look = {"s": 7 if front else 4, "alpha": 0.9 if front else 0.45, "zorder": 3 if front else 2}
+        ax.scatter(x[at], y[at], rasterized=raster, **look, **_face(name))
+
+
+def _face(call: str) -> dict[str, object]:
+    """Abstained genes are hollow, others filled."""
+    if call == "no_call":
+        return {"facecolors": "none", "edgecolors": style.GREY, "linewidths": 0.5}
+    return {"c": style.CALL_COLOURS[call], "linewidths": 0}
 
 
 def _measured_panel(page: style.Sheet, ax: Axes, target: str, rows: pd.DataFrame, truth: pd.DataFrame) -> None:
@@ -65,31 +66,33 @@ def _measured_panel(page: style.Sheet, ax: Axes, target: str, rows: pd.DataFrame
     ax.set_ylim(lower, upper)
     ax.set_aspect("equal")
     ceiling = pearson(truth["replicate"].to_numpy(), truth["effect"].to_numpy())
-    note = ax.text(0.03, 0.98, f"r = {pearson(x, y):.2f}\nreplicate r = {ceiling:.2f}", transform=ax.transAxes, va="top", fontsize=6.5)
-    ax.set_title(f"{style.short(target, 13)} ({style.count(int(truth['n_cells'].max()), 'cell')}, {style.count(int(good.sum()), 'gene')})")
-    ax.set_xlabel("observed change, half B")
-    ax.set_ylabel("predicted change")
+    ax.set_title(f"{style.short(target, TITLE)}\nr = {pearson(x, y):.2f} (replicate {ceiling:.2f})".replace("-", "−"))
+    ax.set_xlabel(f"observed in half B ({style.count(int(truth['n_cells'].max()), 'cell')})")
+    ax.set_ylabel(f"predicted ({_called(rows[good])})")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(4))
     named = top_genes(np.where(good, np.maximum(np.abs(x), np.abs(y)), np.nan), LABELS)
     crowd = top_genes(np.where(good, np.maximum(np.abs(x), np.abs(y)), np.nan), 60)
-    page.label(ax, x[named], y[named], rows.index[named], avoid=(x[crowd], y[crowd]), around=[note])
+    page.label(ax, x[named], y[named], rows.index[named], avoid=(x[crowd], y[crowd]))
 
 
 def _unmeasured_panel(page: style.Sheet, ax: Axes, target: str, rows: pd.DataFrame) -> None:
     """A target that nobody measured: control mean (x) against predicted change (y)."""
     x, y = rows["control_mean"].to_numpy(), rows["lfc"].to_numpy()
     good = np.isfinite(x) & np.isfinite(y)
-    if not good.any():
-        style.empty(ax, f"{target}\n{_reason(rows)}")
-        return
     ax.axhline(0, color=style.GREY, lw=0.6, ls=(0, (4, 2)), zorder=1)
     _points(ax, x[good], y[good], rows["call"].to_numpy()[good])
     ax.set_box_aspect(1)
     ax.margins(0.08)
-    ax.set_title(f"{style.short(target, 16)} (not measured)")
+    ax.set_title(f"{style.short(target, TITLE)}\nnot measured")
     ax.set_xlabel("mean in control")
-    ax.set_ylabel("predicted change")
+    ax.set_ylabel(f"predicted ({_called(rows[good])})")
     named = top_genes(np.where(good, np.abs(y), np.nan), LABELS)
     page.label(ax, x[named], y[named], rows.index[named])
+
+
+def _called(rows: pd.DataFrame) -> str:
+    return f"{int(rows['call'].isin(['up', 'down']).sum()):,} of {len(rows):,} called"
 
 
 def _reason(rows: pd.DataFrame) -> str:
@@ -98,23 +101,33 @@ def _reason(rows: pd.DataFrame) -> str:
 
 
 def draw_predicted_observed(
-    *, de: str | Path, moments: str | Path | None, targets: list[str], png: str | Path, pdf: str | Path, method: str = "dbdiffusion"
+    *,
+    de: str | Path,
+    moments: str | Path | None,
+    targets: list[str],
+    png: str | Path,
+    pdf: str | Path,
+    method: str = "dbdiffusion",
+    most: int = 12,
 ) -> None:
     """One panel per target: predicted change of `method` against the change observed in half B of its cells.
 
     de: contract `de`; moments: moments.h5ad of the same seed (None, or without a target's cells: the panel shows the
-    prediction alone); targets: at most 12 are drawn. Units ln(1 + CP10k). Raises UserError when the method is not in the table.
+    prediction alone); targets: the first `most` that were predicted are drawn, those that were not are named.
+    Units ln(1 + CP10k). Raises UserError when the method is not in the table.
     """
     found = predicted(de, method, targets)
-    shown = [t for t in targets if t in found][:12]
+    shown = [t for t in targets if t in found and found[t]["lfc"].notna().any()][:most]
+    passed = targets[: targets.index(shown[-1]) + 1] if len(shown) == most else targets
+    absent = [t for t in passed if t in found and t not in shown]
     genes = list(dict.fromkeys(g for t in shown for g in found[t].index))
     truth = observe(moments, shown, genes)
     rows, columns = style.grid(len(shown), 4 if len(shown) != 3 else 3)
     width = style.PAGE if columns > 2 else max(style.COLUMN, 61.0 * columns + 8)
     side = (width - 4) / columns
-    with style.sheet(width, rows * (side + 1) + 13, png=png, pdf=pdf) as page:
+    with style.sheet(width, rows * (side + 4) + 16, png=png, pdf=pdf) as page:
         if not shown:
-            style.empty(page.fig.subplots(), "No target of this run was predicted.")
+            style.empty(page.fig.subplots(), "\n".join(["No target was predicted.", *(f"{t}: {_reason(found[t])}" for t in absent[:3])]))
             return
         axes = page.fig.subplots(rows, columns, squeeze=False).ravel()
         for ax, target in zip(axes, shown, strict=False):
@@ -126,13 +139,15 @@ def draw_predicted_observed(
             ax.set_visible(False)
         style.letter_panels(axes[: len(shown)])
         calls = sorted({c for t in shown for c in found[t]["call"].unique()}, key=list(style.CALL_NAMES).index)
-        call_legend(page.fig, axes[0], calls, f"{style.method_name(method)}; changes in {style.LFC}")
+        title = f"{style.method_name(method)}; changes in {style.LFC}"
+        if absent:
+            title += "\n" + style.as_many_as_fit(page.fig, "no estimate (see the table of calls) of ", absent, width - 6, 6.5)
+        call_legend(page.fig, axes[0], calls, title)
 
 
 def call_legend(fig: Figure, ax: Axes, calls: list[str], title: str) -> None:
     """A legend of call colours under the figure."""
     for call in calls:
-        colour = style.CALL_COLOURS[call] if call != "no_call" else style.GREY
-        ax.scatter([], [], s=9, c=colour, linewidths=0, label=style.CALL_NAMES[call])
+        ax.scatter([], [], s=9, label=style.CALL_NAMES[call], **_face(call))
     handles, names = ax.get_legend_handles_labels()
     fig.legend(handles, names, loc="outside lower center", ncols=len(calls), title=title, title_fontsize=6.5)

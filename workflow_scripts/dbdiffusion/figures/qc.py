@@ -28,6 +28,8 @@ REASONS = {
 }
 NAMED_BARS = 75
 """Up to so many perturbations are named on an axis."""
+NAME = 19
+"""Characters of such a name."""
 
 
 def read_cells(cells: str | Path) -> pd.DataFrame:
@@ -48,11 +50,15 @@ def _histograms(ax: Axes, values: np.ndarray, control: np.ndarray, label: str, *
     """Outlines of control and perturbed cells, each as a share of its own cells."""
     use = values[values > 0] if log else values
     low, high = float(use.min()), float(use.max())
+    smaller = min(int(at.sum()) for at in (control, ~control) if at.any())
+    bins = int(np.clip(2.5 * smaller ** (1 / 3), 12, 40))
     if log:
-        edges = np.geomspace(low * 0.98, high * 1.02, 41)
+        edges = np.geomspace(low * 0.98, high * 1.02, bins + 1)
         ax.set_xscale("log")
     else:
-        edges = np.linspace(low - 0.5, high + 0.5, 41)
+        # Bins of whole numbers: others would hold now one value, now two.
+        step = max(1, int(np.ceil((high - low + 1) / bins)))
+        edges = np.arange(low - 0.5, high + step, step)
     for at, colour, name in ((~control, style.BLUE, "perturbed"), (control, style.DARK, "control")):
         if at.any():
             share = np.histogram(values[at], bins=edges)[0] / at.sum()
@@ -80,7 +86,7 @@ def _cells_per_perturbation(ax: Axes, labels: pd.Series, minimum: int | None) ->
     ax.bar(x, sizes.to_numpy(), width=0.8 if len(sizes) <= NAMED_BARS else 1.0, color=style.BLUE, lw=0)
     ax.set_xlim(-0.7, len(sizes) - 0.3)
     if len(sizes) <= NAMED_BARS:
-        ax.set_xticks(x, [style.short(n, 13) for n in sizes.index], rotation=90, fontsize=5.5 if len(sizes) <= 45 else 5)
+        ax.set_xticks(x, [style.short(n, NAME) for n in sizes.index], rotation=90, fontsize=5.5 if len(sizes) <= 45 else 5)
         ax.tick_params(axis="x", length=0)
     else:
         ax.set_xlabel("perturbations, by number of cells")
@@ -103,7 +109,9 @@ def _on_target(ax: Axes, frame: pd.DataFrame) -> None:
         return
     frame = frame.sort_values(["share_of_control", "perturbation", "gene"], kind="stable", ignore_index=True)
     combination = frame["perturbation"].astype(str).str.contains("+", regex=False)
-    name = frame["perturbation"].astype(str) + np.where(combination, " (" + frame["gene"].astype(str) + ")", "")
+    # Of a combination, the gene that is meant stands first.
+    other = [p.replace(g, "", 1).strip("+") for p, g in zip(frame["perturbation"].astype(str), frame["gene"].astype(str), strict=True)]
+    name = np.where(combination, frame["gene"].astype(str) + " +" + pd.Series(other, dtype=str), frame["perturbation"].astype(str))
     floor = (
         max(float(frame.loc[frame["share_of_control"] > 0, "share_of_control"].min()) / 2, 1e-3)
         if (frame["share_of_control"] > 0).any()
@@ -115,19 +123,20 @@ def _on_target(ax: Axes, frame: pd.DataFrame) -> None:
     ax.axhline(1, color=style.GREY, lw=0.6)
     ax.vlines(x, 1, share, color=style.LIGHT, lw=0.8, zorder=1)
     size = 9 if len(frame) <= NAMED_BARS else 4
-    ax.scatter(x[sure], share[sure], s=size, c=style.BLUE, linewidths=0, zorder=3, label="p < 0.05 (Mann–Whitney)")
-    ax.scatter(x[~sure], share[~sure], s=size, facecolors="white", edgecolors=style.BLUE, linewidths=0.6, zorder=3, label="p ≥ 0.05")
+    for at, face, label in ((sure, style.BLUE, "p < 0.05 (Mann–Whitney)"), (~sure, "white", "p ≥ 0.05 (Mann–Whitney)")):
+        if at.any():
+            ax.scatter(x[at], share[at], s=size, c=face, edgecolors=style.BLUE, linewidths=0.6, zorder=3, label=label)
     ax.set_yscale("log")
     style.log_ticks(ax.yaxis)
     if len(frame) <= NAMED_BARS:
-        ax.set_xticks(x, [style.short(n, 13) for n in name], rotation=90, fontsize=5.5 if len(frame) <= 45 else 5)
+        ax.set_xticks(x, [style.short(n, NAME) for n in name], rotation=90, fontsize=5.5 if len(frame) <= 45 else 5)
         ax.tick_params(axis="x", length=0)
     else:
         ax.set_xlabel("perturbations, by share")
     ax.set_xlim(-0.7, len(frame) - 0.3)
     ax.set_ylabel("own gene's expression,\nshare of control")
     ax.set_title(f"On-target change of {style.count(len(frame), 'measured gene')} (median {frame['share_of_control'].median():.2f})")
-    ax.legend(loc="lower right", fontsize=6)
+    ax.legend(loc="best" if len(frame) < 10 else "lower right", fontsize=6)
 
 
 def _dropped(ax: Axes, summary: dict) -> None:
@@ -159,7 +168,7 @@ def draw_qc(*, cells: str | Path, summary: str | Path, on_target: str | Path, pn
     """
     table, record, own = read_cells(cells), read_json(summary), ON_TARGET.read(on_target)
     control = (table["perturbation"] == CONTROL).to_numpy()
-    with style.sheet(style.PAGE, 150, png=png, pdf=pdf) as page:
+    with style.sheet(style.PAGE, 160, png=png, pdf=pdf) as page:
         grid = page.fig.add_gridspec(3, 3, height_ratios=(0.85, 1, 1))
         axes = [*(page.fig.add_subplot(grid[0, i]) for i in range(3)), page.fig.add_subplot(grid[1, :]), page.fig.add_subplot(grid[2, :])]
         _histograms(axes[0], table["total_counts"].to_numpy(), control, "counts per cell (whole library)", log=True)

@@ -37,6 +37,8 @@ PANELS = (
     ("energy_distance", "all"),
 )
 """Metric and genes of each panel; `top` is the largest number of top genes."""
+DEBIASED = "baselines, debiased"
+"""The row of all debiased baselines."""
 
 
 def choose_panels(summary: pd.DataFrame, panels: tuple[tuple[str, str], ...] = PANELS) -> list[tuple[str, str]]:
@@ -56,15 +58,33 @@ def _title(metric: str, genes: str) -> str:
     return f"{name}, top {genes} genes" if genes != "all" else name + (", all genes" if metric == "pearson_delta" else "")
 
 
-def _draw_panel(ax: Axes, part: pd.DataFrame, methods: list[str]) -> None:
-    """Rows are methods; raw predictors are hollow, debiased ones filled; the ceiling is a dashed line with its band."""
-    both = part.loc[part["method"] != REPLICATE, "debiased"].nunique() > 1
-    for row in part[part["method"] != REPLICATE].itertuples():
+def rows_of(summary: pd.DataFrame) -> list[str]:
+    """Rows of the panels: the methods, ours first, and DEBIASED where baselines were debiased, too."""
+    methods = style.method_order([m for m in summary["method"] if m != REPLICATE])
+    return methods + [DEBIASED] * bool(summary.loc[_is_baseline(summary), "debiased"].any())
+
+
+def _is_baseline(part: pd.DataFrame) -> pd.Series:
+    return ~part["method"].isin([REPLICATE, *style.OURS])
+
+
+def _draw_panel(ax: Axes, part: pd.DataFrame, rows: list[str]) -> None:
+    """Rows are methods; raw predictors are hollow, debiased ones filled; the ceiling is a dashed line with its band.
+
+    Debiased baselines share one row: what they predict by themselves is their score, and debiased they lie close together.
+    """
+    pooled = _is_baseline(part) & part["debiased"]
+    for row in part[(part["method"] != REPLICATE) & ~pooled].itertuples():
         colour = style.method_colour(row.method, others="#7A7A7A")
-        y = methods.index(row.method) + (0.18 if row.debiased else -0.18) * both
+        both = part.loc[part["method"] == row.method, "debiased"].nunique() > 1 and row.method in style.OURS
+        y = rows.index(row.method) + (0.2 if row.debiased else -0.2) * both
         if row.n > 1:
             ax.plot([row.low, row.high], [y, y], color=colour, lw=0.9, solid_capstyle="butt", zorder=2)
         ax.plot(row.mean, y, "o", ms=3.6, mfc=colour if row.debiased else "white", mec=colour, mew=0.9, zorder=3)
+    if pooled.any():
+        y, values = rows.index(DEBIASED), part.loc[pooled]
+        ax.plot([values["low"].min(), values["high"].max()], [y, y], color="#7A7A7A", lw=0.9, solid_capstyle="butt", zorder=2)
+        ax.plot(values["mean"], np.full(len(values), y), "|", ms=6, color="#7A7A7A", mew=0.9, zorder=3)
     for row in part[part["method"] == REPLICATE].itertuples():
         ax.axvline(row.mean, color=style.GREEN, lw=0.9, ls=(0, (4, 2)), zorder=1)
         if row.n > 1:
@@ -86,12 +106,13 @@ def draw_scores(*, scores: str | Path, png: str | Path, pdf: str | Path, bootstr
     """Mean score of each method over the held-out targets with a 95 % bootstrap interval over targets, one panel per metric.
 
     scores: contract `scores`. Ours in colour, baselines and peers in grey; filled markers are debiased, hollow ones the
-    predictor as it is; the green dashed line is the replicate ceiling (half A as a predictor of half B) with its interval.
+    predictor as it is; debiased baselines share the last row (a tick each, and the hull of their intervals); the green
+    dashed line is the replicate ceiling (half A as a predictor of half B) with its interval.
     Methods without a value of a metric (a correlation of the constant prediction) have no marker there.
     """
     summary = summarise(contracts.SCORES.read(scores), resamples=bootstrap, seed=seed)
     panels = choose_panels(summary)
-    methods = style.method_order([m for m in summary["method"] if m != REPLICATE])
+    methods = rows_of(summary)
     rows, columns = style.grid(len(panels), 3)
     with style.sheet(style.PAGE, max(48.0, rows * (15 + 5.0 * max(len(methods), 4)) + 8), png=png, pdf=pdf) as page:
         if not panels:
@@ -112,7 +133,7 @@ def draw_scores(*, scores: str | Path, png: str | Path, pdf: str | Path, bootstr
 
 
 def _name_rows(ax: Axes, methods: list[str]) -> None:
-    ax.set_yticks(np.arange(len(methods)), [style.method_name(m) for m in methods])
+    ax.set_yticks(np.arange(len(methods)), [m if m == DEBIASED else style.method_name(m) for m in methods])
     for tick, method in zip(ax.get_yticklabels(), methods, strict=True):
         tick.set_color(style.method_colour(method, others=style.DARK))
         tick.set_fontweight("bold" if method in style.OURS else "normal")
@@ -126,4 +147,6 @@ def _legend(fig: Figure, ax: Axes, summary: pd.DataFrame) -> None:
             handles += ax.plot([], [], "o", ms=3.6, mfc=fill, mec=style.DARK, mew=0.9, label=name)
     if (summary["method"] == REPLICATE).any():
         handles += ax.plot([], [], color=style.GREEN, lw=0.9, ls=(0, (4, 2)), label="replicate ceiling (half A against half B)")
-    fig.legend(handles=handles, loc="outside lower center", ncols=3)
+    if summary.loc[_is_baseline(summary), "debiased"].any():
+        handles += ax.plot([], [], "|", ms=6, color="#7A7A7A", mew=0.9, label="each baseline after debiasing")
+    fig.legend(handles=handles, loc="outside lower center", ncols=4)

@@ -27,7 +27,8 @@ COLUMNS = (
     "screens",
 )
 LINES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1, 1, 1)))
-RATES = (("coverage", "coverage"), ("fdr", "false discovery rate"), ("power", "power"))
+ERROR = "estimate:"
+"""Prefix of the rows whose mse_ratio is a predictor's mean squared error over that of the neighbour mean."""
 
 
 def _read(study: str | Path) -> pd.DataFrame:
@@ -36,7 +37,7 @@ def _read(study: str | Path) -> pd.DataFrame:
     if absent:
         raise UserError(f"column(s) {absent} missing; found {list(frame.columns)}", where=str(study), fix="run the calibration study again")
     frame = frame.astype({"difficulty": str, "generator": str, "error_model": str})
-    return frame[frame[[rate for rate, _ in RATES]].notna().any(axis=1)]
+    return frame
 
 
 def _at(frame: pd.DataFrame, column: str, wanted: float) -> float:
@@ -61,6 +62,29 @@ def _series(ax: Axes, part: pd.DataFrame, rate: str, looks: dict, lines: dict) -
             ax.vlines(x, rows[f"{rate}_low"], rows[f"{rate}_high"], color=colour, lw=0.7, zorder=2)
 
 
+def rows_of(frame: pd.DataFrame, level: float, q: float) -> list[tuple[str, str, pd.DataFrame]]:
+    """Rows of panels as (column, label, rows of the study): coverage, FDR of all calls and by target, power, and error if known."""
+    at_q = frame[frame["q"] == q]
+    rows = [("coverage", f"coverage at {level:.0%}", frame[frame["level"] == level]), ("fdr", f"FDR at q = {q:g},\nall calls", at_q)]
+    if "fdr_target" in frame and frame["fdr_target"].notna().any():
+        rows.append(("fdr_target", f"FDR at q = {q:g},\nmean over targets", at_q))
+    rows.append(("power", f"power at q = {q:g}", at_q))
+    errors = frame[frame["error_model"].str.startswith(ERROR)]
+    errors = errors.assign(error_model=errors["error_model"].str.removeprefix(ERROR))
+    if "mse_ratio" in frame and errors["mse_ratio"].notna().any():
+        rows.append(("mse_ratio", "squared error over that\nof the neighbour mean", errors[errors["error_model"] != "neighbour_mean"]))
+    return rows
+
+
+def _looks(rows: list[tuple[str, str, pd.DataFrame]]) -> dict[str, tuple[str, str]]:
+    """Colours and markers: those of error models and tests as in all figures, predictors in black and greys."""
+    shown = {column: sorted(part.loc[part[column].notna(), "error_model"].unique()) for column, _, part in rows}
+    predictors = style.method_order(shown.pop("mse_ratio", []))
+    looks = style.error_looks([name for names in shown.values() for name in names])
+    greys = (style.BLACK, style.GREY, style.DARK)
+    return looks | {name: (greys[i % 3], style.MARKERS[i % len(style.MARKERS)]) for i, name in enumerate(predictors)}
+
+
 def _replicate(ax: Axes, part: pd.DataFrame) -> None:
     rows = part.dropna(subset=["power_replicate"]).groupby("perturbations", as_index=False)["power_replicate"].mean()
     if len(rows):
@@ -68,42 +92,44 @@ def _replicate(ax: Axes, part: pd.DataFrame) -> None:
 
 
 def draw_study(*, study: str | Path, png: str | Path, pdf: str | Path, level: float = 0.95, q: float = 0.1) -> None:
-    """Coverage at `level`, FDR and power at nominal `q` by difficulty (columns) and number of training perturbations (x).
+    """Coverage at `level`, FDR and power at nominal `q`, and error, by difficulty (columns) and number of training perturbations (x).
 
-    study: parquet with columns COLUMNS, each rate with _low and _high; colours are error models, dashes are generators.
-    Grey dashes are nominal rates, the black dashed line the replicate's power. Raises UserError when a column is missing.
+    study: parquet with columns COLUMNS and, where it has them, fdr_target and mse_ratio, each with _low and
+    _high; colours are error models (black and greys: predictors), dashes are generators. Grey
+    dashes are nominal rates, the black dashed line the replicate's power. Raises UserError when a column is missing.
     """
     frame = _read(study)
     level, q = _at(frame, "level", level), _at(frame, "q", q)
     difficulties = list(dict.fromkeys(frame["difficulty"]))
-    looks = style.error_looks(frame["error_model"].unique())
+    rows = rows_of(frame, level, q)
+    looks = _looks(rows)
     lines = {g: LINES[i % len(LINES)] for i, g in enumerate(sorted(frame["generator"].unique()))}
-    with style.sheet(style.PAGE, 140, png=png, pdf=pdf) as page:
+    with style.sheet(style.PAGE, 24 + 34 * len(rows), png=png, pdf=pdf) as page:
         if frame.empty:
             style.empty(page.fig.subplots(), "The study holds no screen.")
             return
-        axes = page.fig.subplots(3, len(difficulties), squeeze=False, sharex=True, sharey="row")
+        axes = page.fig.subplots(len(rows), len(difficulties), squeeze=False, sharex=True, sharey="row")
         ticks = np.sort(frame["perturbations"].unique())
         for column, difficulty in enumerate(difficulties):
-            for row, (rate, name) in enumerate(RATES):
+            for row, (rate, name, part) in enumerate(rows):
                 ax = axes[row, column]
-                part = frame[frame["difficulty"] == difficulty]
-                part = part[part["level"] == level] if rate == "coverage" else part[part["q"] == q]
+                part = part[part["difficulty"] == difficulty]
                 _series(ax, part, rate, looks, lines)
                 if rate == "power":
                     _replicate(ax, part)
                 else:
-                    ax.axhline(level if rate == "coverage" else q, color=style.GREY, lw=0.6, ls=(0, (4, 2)), zorder=1)
+                    at = {"coverage": level, "mse_ratio": 1.0}.get(rate, q)
+                    ax.axhline(at, color=style.GREY, lw=0.6, ls=(0, (4, 2)), zorder=1)
                 ax.set_xscale("log")
                 ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
                 ax.minorticks_off()
                 ax.grid(axis="y", color=style.LIGHT, lw=0.4)
                 if column == 0:
-                    ax.set_ylabel(f"{name} at {level:.0%}" if rate == "coverage" else f"{name} at q = {q:g}")
-            axes[0, column].set_title(f"{difficulty} ({_screens(frame, difficulty)})")
-            axes[2, column].set_xlabel("training perturbations")
-        for row in (1, 2):
-            axes[row, 0].set_ylim(bottom=0)
+                    ax.set_ylabel(name)
+            axes[0, column].set_title(f"{difficulty} features\n({_screens(frame, difficulty)})")
+            axes[-1, column].set_xlabel("training perturbations")
+        for row in range(1, len(rows)):
+            axes[row, 0].set_ylim(bottom=-0.02 * axes[row, 0].get_ylim()[1])
         style.letter_panels(list(axes[:, 0]))
         _legend(page.fig, axes[0, 0], looks, lines)
 

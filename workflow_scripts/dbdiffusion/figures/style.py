@@ -230,13 +230,13 @@ def outline() -> list[AbstractPathEffect]:
 
 
 def panel_letter(ax: Axes, letter: str) -> None:
-    """A bold panel letter at the top left, beside the axes' title."""
-    ax.set_title(ax.get_title(loc="left"), loc="left")
+    """A bold panel letter at the top left, beside the first line of the axes' title."""
+    above = ax.get_title(loc="left").count("\n") * 1.2 * mpl.rcParams["axes.titlesize"]
     ax.annotate(
         letter,
         xy=(0, 1),
         xycoords="axes fraction",
-        xytext=(-3, 4),
+        xytext=(-3, 4 + above),
         textcoords="offset points",
         ha="right",
         va="baseline",
@@ -259,12 +259,12 @@ def empty(ax: Axes, text: str) -> None:
 
 
 def bare_map(ax: Axes, name: str = "UMAP") -> None:
-    """Map axes: no ticks (the coordinates have no unit), equal scale, short axis names."""
+    """Map axes: no ticks and no common scale (the coordinates have no unit), short axis names."""
     ax.set_xticks([])
     ax.set_yticks([])
+    ax.margins(x=0.09, y=0.07)  # Room for the names of outermost points.
     ax.set_xlabel(f"{name} 1")
     ax.set_ylabel(f"{name} 2")
-    ax.set_aspect("equal", adjustable="datalim")
 
 
 def method_name(method: str) -> str:
@@ -348,6 +348,26 @@ def natural_order(names: Sequence[str]) -> list[str]:
 def short(name: str, width: int = 18) -> str:
     """A long name, cut with an ellipsis."""
     return name if len(name) <= width else name[: width - 1] + "…"
+
+
+def as_many_as_fit(fig: Figure, start: str, names: Sequence[str], width: float, fontsize: float) -> str:
+    """`start` and as many of the names, parted by commas, as `width` mm hold; the first one is cut where it is too long by itself.
+
+    An ellipsis says that names were left out.
+    """
+
+    def fits(text: str) -> bool:
+        artist = fig.text(0, 0, text, fontsize=fontsize)
+        reach = artist.get_window_extent().width
+        artist.remove()
+        return reach <= width / 25.4 * fig.dpi
+
+    for n in range(len(names), 0, -1):
+        text = start + ", ".join(names[:n]) + ("" if n == len(names) else ", …")
+        if fits(text):
+            return text
+    first = names[0] if names else ""
+    return next((t for t in (start + short(first, n) for n in range(len(first) - (len(names) > 1), 1, -1)) if fits(t)), start)
 
 
 def count(n: int, noun: str, plural: str | None = None) -> str:

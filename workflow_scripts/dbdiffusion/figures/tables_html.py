@@ -6,10 +6,12 @@ import html
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from dbdiffusion.benchmark.scores import summarise
-from dbdiffusion.figures.style import METHOD_NAMES
+from dbdiffusion.benchmark.scores import REPLICATE, summarise
+from dbdiffusion.figures.scores import PANELS
+from dbdiffusion.figures.style import METHOD_NAMES, method_order
 from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.files import atomic_path
@@ -19,11 +21,13 @@ body { font: 14px/1.4 system-ui, "Segoe UI", Arial, sans-serif; margin: 1.5em; c
 h1 { font-size: 1.2em; margin: 0 0 .3em; }
 p { max-width: 60em; margin: .3em 0 .8em; color: #444; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
+th, td { padding: .2em .6em; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
 th { position: sticky; top: 0; background: #f4f4f4; cursor: pointer; user-select: none; }
 th:focus-visible { outline: 2px solid #0072B2; }
 td.number, th.number { text-align: right; }
 tbody tr:hover { background: #f0f6fa; }
+td.up { color: #B04A00; font-weight: 600; }
+td.down { color: #0072B2; font-weight: 600; }
 th[aria-sort=ascending]::after { content: " \\25B2"; }
 th[aria-sort=descending]::after { content: " \\25BC"; }
 input { font: inherit; padding: .2em .5em; margin-bottom: .6em; width: 18em; }
@@ -52,30 +56,44 @@ table.querySelectorAll('th').forEach(head => {
 const box = document.querySelector('input');
 box.addEventListener('input', () => {
   const words = box.value.toLowerCase().split(/\\s+/).filter(Boolean);
-  Array.from(body.rows).forEach(row => { const text = row.textContent.toLowerCase(); row.hidden = !words.every(w => text.includes(w)); });
+  Array.from(body.rows).forEach(row => {
+    const text = row.textContent.toLowerCase().replaceAll('−', '-');
+    row.hidden = !words.every(w => text.includes(w));
+  });
 });
 """
 
 
-def _number(value: float) -> str:
-    """A number with three significant digits; very small and very large ones with an exponent."""
-    if value == 0:
-        return "0"
-    if float(value).is_integer() and abs(value) < 1e6:
-        return f"{int(value):,}"
-    if abs(value) < 1e-3 or abs(value) >= 1e6:
-        return f"{value:.2e}"
-    return f"{value:,.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+NOTHING = 1e-12
+"""Smaller numbers are rounding errors of zero."""
 
 
-def _cell(value: object, numeric: bool) -> str:
+def decimals(values: pd.Series) -> int | None:
+    """Decimals that show three digits of most of a column's values, at most 4; None where all are whole numbers."""
+    known = values.dropna().astype(float).abs()
+    known = known[known > NOTHING]
+    if (known % 1 == 0).all():
+        return None
+    return int(np.clip(2 - np.floor(np.log10(known.quantile(0.1))), 1, 4))
+
+
+def _number(value: float, places: int | None) -> str:
+    """A number with a column's decimals, so that points stand below each other; what would round to 0 has an exponent."""
+    if places is None:
+        return f"{round(value):,}" if abs(value) < 1e9 else f"{value:.2e}"
+    if abs(value) >= NOTHING and (abs(value) < 0.5 * 10.0**-places or abs(value) >= 1e6):
+        return f"{value:.0e}" if abs(value) < 1 else f"{value:.2e}"
+    return f"{value if abs(value) >= NOTHING else 0.0:,.{places}f}".replace("-", "−")
+
+
+def _cell(value: object, numeric: bool, places: int | None) -> str:
     missing = value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA
     if missing:
         return f'<td{" class=number" if numeric else ""} data-value="">–</td>'
     if numeric:
-        return f'<td class=number data-value="{float(value)!r}">{_number(float(value))}</td>'
+        return f'<td class=number data-value="{float(value)!r}">{_number(float(value), places)}</td>'
     text = html.escape(str(value))
-    return f'<td data-value="{text}">{text}</td>'
+    return f'<td data-value="{text}"{f" class={text}" if text in ("up", "down") else ""}>{text}</td>'
 
 
 def write_table_page(frame: pd.DataFrame, out_html: str | Path, *, title: str, note: str = "", top: int | None = None) -> None:
@@ -86,12 +104,13 @@ def write_table_page(frame: pd.DataFrame, out_html: str | Path, *, title: str, n
     """
     shown = frame if top is None else frame.head(top)
     numeric = [pd.api.types.is_numeric_dtype(t) and not pd.api.types.is_bool_dtype(t) for t in shown.dtypes]
+    places = [decimals(shown.iloc[:, i]) if n else None for i, n in enumerate(numeric)]
     heads = "".join(
         f"<th scope=col tabindex=0{' class=number' if n else ''}>{html.escape(str(c))}</th>"
         for c, n in zip(shown.columns, numeric, strict=True)
     )
     rows = "\n".join(
-        "<tr>" + "".join(_cell(v, n) for v, n in zip(row, numeric, strict=True)) + "</tr>"
+        "<tr>" + "".join(_cell(v, n, p) for v, n, p in zip(row, numeric, places, strict=True)) + "</tr>"
         for row in shown.itertuples(index=False, name=None)
     )
     count = f"{len(shown):,} of {len(frame):,} rows. " if len(shown) < len(frame) else f"{len(frame):,} rows. "
@@ -145,7 +164,10 @@ def top_calls(de: pd.DataFrame, method: str, per_target: int) -> pd.DataFrame:
     ).sort_values(["target", "seed", "fold", "_called", "_q", "_size", "gene"], kind="stable", na_position="last")
     abstained = (rows["call"] == "no_call").groupby(rows["target"]).transform("all")
     kept = pd.concat([rows[~abstained].groupby("target").head(per_target), rows[abstained].groupby("target").head(1)])
-    kept = kept.sort_values("target", kind="stable")
+    # Targets with calls come first, those of most calls at the top.
+    called = (~rows["_called"]).groupby(rows["target"]).sum()
+    order = sorted(called.index, key=lambda t: (-int(called[t]), t))
+    kept = kept.assign(_place=kept["target"].map({t: i for i, t in enumerate(order)})).sort_values("_place", kind="stable")
     return kept[list(DE_COLUMNS)].rename(columns=DE_COLUMNS).reset_index(drop=True)
 
 
@@ -158,19 +180,29 @@ SCORE_COLUMNS = {
     "mean": "mean",
     "low": "low",
     "high": "high",
-    "ceiling": "replicate ceiling",
-    "difference": "minus training mean",
-    "difference_low": "low (difference)",
-    "difference_high": "high (difference)",
+    "ceiling": "replicate",
+    "difference": "difference",
+    "difference_low": "difference low",
+    "difference_high": "difference high",
 }
 
 
 def score_summary(scores: pd.DataFrame) -> pd.DataFrame:
-    """`summarise` of contract `scores` with the page's headings: one row per metric, gene selection, method and debiasing."""
+    """`summarise` of contract `scores` with the page's headings: one row per metric, gene selection, method and debiasing.
+
+    Metrics of the figure come first; within one, all genes before the largest, and methods in the order of the figure.
+    """
     out = summarise(scores)
+    metrics = list(dict.fromkeys([*(metric for metric, _ in PANELS), *sorted(out["metric"])]))
+    methods = [*method_order([m for m in out["method"] if m != REPLICATE]), REPLICATE]
+    places = {
+        "_metric": out["metric"].map(metrics.index),
+        "_genes": out["genes"].map(lambda g: int(g) if g.isdigit() else -1),
+        "_method": out["method"].map(methods.index),
+    }
+    out = out.assign(**places).sort_values([*places, "debiased"], ascending=[True, True, True, False], kind="stable")
     out["method"] = out["method"].map(lambda m: METHOD_NAMES.get(m, m))
     out["debiased"] = out["debiased"].map({True: "yes", False: "no"})
-    out = out.sort_values(["metric", "genes"], kind="stable")
     return out[list(SCORE_COLUMNS)].rename(columns=SCORE_COLUMNS).reset_index(drop=True)
 
 
@@ -191,8 +223,8 @@ def write_de_page(
 def write_score_page(*, scores: str | Path, out_html: str | Path) -> None:
     """The report's table of mean scores (contract `scores`) with 95 % bootstrap intervals over targets."""
     note = (
-        "Mean over held-out targets against their half-B cells with its 95 % bootstrap interval over targets. replicate ceiling: half A "
-        "as a predictor of half B; minus training mean: paired difference to predicting the training mean; genes: all, "
-        "or those of largest effect in half A."
+        "Mean over held-out targets against their half-B cells with its 95 % bootstrap interval (low, high) over targets. "
+        "replicate: half A as a predictor of half B, on the same targets; difference: paired difference to predicting the "
+        "training mean, with its interval; genes: all, or those of largest effect in half A."
     )
     write_table_page(score_summary(contracts.SCORES.read(scores)), out_html, title="Scores", note=note)

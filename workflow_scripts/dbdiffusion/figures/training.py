@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 from dbdiffusion.figures import style
 from dbdiffusion.runtime.files import read_json
 
-LOSSES = {"Autoencoder": "loss per gene", "Denoiser": "loss per coordinate"}
+LOSSES = {"Autoencoder": "loss per gene,\nminus that of the kept weights", "Denoiser": "loss per coordinate"}
+RELATIVE = ("Autoencoder",)
+"""Losses that are shown as differences: their level is set by the counts of a model's cells, not by the model."""
 DETAILED = 7
-"""Up to so many models each has a colour of its own; more are drawn thin, with their median."""
+"""Up to so many models each have a colour of their own; more are thin, with a colour for each fold (grey where folds, too, are more)."""
 
 
 def curve(record: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -34,6 +36,29 @@ def model_name(record: dict, path: str | Path) -> str:
     return ", ".join(parts) or Path(path).stem
 
 
+def running_mean(values: np.ndarray, rows: int = 5) -> np.ndarray:
+    """Mean of each value and its neighbours, `rows` together (fewer at the ends): training losses are those of a few batches."""
+    part = np.lib.stride_tricks.sliding_window_view(np.pad(values, rows // 2, constant_values=np.nan), rows)
+    known = np.isfinite(part)
+    return np.divide(np.where(known, part, 0).sum(1), known.sum(1), out=np.full(len(values), np.nan), where=known.any(1))
+
+
+def relative(record: dict, train: np.ndarray, held: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Training and validation losses minus those of the kept weights."""
+    at = kept_row(record, held)
+    return train - np.nan_to_num(train[at]), held - np.nan_to_num(held[at])
+
+
+def colours(records: list[dict], names: list[str]) -> list[str]:
+    """A colour for each model where there are few, for each fold where there are more, or grey."""
+    folds = style.natural_order([r.get("fold", "") for r in records])
+    if len(names) <= DETAILED:
+        return [style.group_style(names)[n][0] for n in names]
+    if len(folds) <= DETAILED:
+        return [style.group_style(folds)[str(r.get("fold", ""))][0] for r in records]
+    return [style.GREY] * len(names)
+
+
 def _ylim(values: list[np.ndarray]) -> tuple[float, float] | None:
     """Limits that show the converged part: the first tenth of each curve may leave the axes at the top."""
     late = [v[max(1, len(v) // 20) :] for v in values if len(v) > 3]
@@ -47,22 +72,22 @@ def _ylim(values: list[np.ndarray]) -> tuple[float, float] | None:
 
 
 def _panel(ax: Axes, records: list[dict], names: list[str], title: str, ylabel: str) -> None:
-    curves = [curve(r) for r in records]
-    usable = [(c, r, n) for c, r, n in zip(curves, records, names, strict=True) if len(c[0])]
+    usable = [(curve(r), r, c) for r, c in zip(records, colours(records, names), strict=True) if r.get("history")]
     if not usable:
         style.empty(ax, f"{title}: no training history")
         return
-    many = len(usable) > DETAILED
-    looks = style.group_style([n for _, _, n in usable])
-    for (step, train, held), record, name in usable:
-        colour = style.GREY if many else looks[name][0]
-        width = 0.5 if many else 0.9
+    width = 0.6 if len(usable) > DETAILED else 0.9
+    values = []
+    for (step, train, held), record, colour in usable:
+        train = running_mean(train)
+        if title in RELATIVE:
+            train, held = relative(record, train, held)
+        values += [train, held]
         ax.plot(step, train, color=colour, lw=width * 0.7, ls=(0, (1.5, 1.2)), zorder=2, alpha=0.9)
         if np.isfinite(held).any():
             ax.plot(step, held, color=colour, lw=width, zorder=3)
-            best = int(np.nanargmin(held)) if "best_epoch" not in record else best_row(record)
-            ax.plot(step[best], held[best], "o", ms=2.6 if many else 3.4, mfc="white", mec=colour, mew=0.7, zorder=4)
-    values = [v for c, _, _ in usable for v in c[1:]]
+            best = kept_row(record, held)
+            ax.plot(step[best], held[best], "o", ms=2.8, mfc="white", mec=colour, mew=0.7, zorder=4)
     limits = _ylim(values)
     if limits:
         ax.set_ylim(*limits)
@@ -73,18 +98,25 @@ def _panel(ax: Axes, records: list[dict], names: list[str], title: str, ylabel: 
     ax.set_title(f"{title} ({style.count(len(usable), 'model')}, {span} steps)")
 
 
-def _legend(fig: Figure, ax: Axes, names: list[str]) -> None:
-    handles = ax.plot([], [], color=style.DARK, lw=0.7, ls=(0, (1.5, 1.2)), label="training cells")
+def _legend(fig: Figure, ax: Axes, looks: dict[str, str]) -> None:
+    handles = ax.plot([], [], color=style.DARK, lw=0.7, ls=(0, (1.5, 1.2)), label="training cells (running mean)")
     handles += ax.plot(
         [], [], color=style.DARK, lw=0.9, marker="o", ms=3.4, mfc="white", mew=0.7, label="validation cells (ring: weights kept)"
     )
-    if 1 < len(names) <= DETAILED:
-        handles += [ax.plot([], [], color=colour, label=name)[0] for name, (colour, _) in style.group_style(names).items()]
-    fig.legend(handles=handles, loc="outside lower center", ncols=3 if len(handles) > 4 else 4)
+    if 1 < len(looks) <= DETAILED:
+        handles += [ax.plot([], [], color=colour, label=name)[0] for name, colour in looks.items()]
+    fig.legend(handles=handles, loc="outside lower center", ncols=5 if len(handles) <= 5 else 4)
+
+
+def kept_row(record: dict, held: np.ndarray) -> int:
+    """The history row of the kept weights; where the record does not say, the smallest validation loss, or the last row."""
+    if "best_epoch" in record:
+        return best_row(record)
+    return int(np.nanargmin(held)) if np.isfinite(held).any() else len(held) - 1
 
 
 def best_row(record: dict) -> int:
-    """The history row of the kept weights."""
+    """The history row nearest to the epoch of the kept weights."""
     rows = record["history"]
     epochs = np.array([row.get("epoch", i) for i, row in enumerate(rows)])
     return int(np.argmin(np.abs(epochs - record["best_epoch"])))
@@ -98,10 +130,12 @@ def draw_training(*, vae: list[str | Path], diffusion: list[str | Path], png: st
     records = {"Autoencoder": [(read_json(p), p) for p in vae], "Denoiser": [(read_json(p), p) for p in diffusion]}
     with style.sheet(style.PAGE, 66, png=png, pdf=pdf) as page:
         axes = page.fig.subplots(1, 2)
-        names: dict[str, None] = {}
+        looks: dict[str, str] = {}
         for ax, (title, found) in zip(axes, records.items(), strict=True):
             mine = [model_name(record, path) for record, path in found]
-            names |= dict.fromkeys(mine)
-            _panel(ax, [record for record, _ in found], mine, title, LOSSES[title])
+            kept = [record for record, _ in found]
+            few = len(mine) <= DETAILED
+            looks |= dict(zip(mine if few else [f"fold {r.get('fold', '')}" for r in kept], colours(kept, mine), strict=True))
+            _panel(ax, kept, mine, title, LOSSES[title])
         style.letter_panels(list(axes))
-        _legend(page.fig, axes[0], list(names))
+        _legend(page.fig, axes[0], looks)

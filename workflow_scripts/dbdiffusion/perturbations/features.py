@@ -21,7 +21,8 @@ from scipy import sparse
 from scipy.sparse.linalg import LinearOperator
 
 from dbdiffusion.config.datasets import FeatureSource
-from dbdiffusion.data.normalise import load_expression
+from dbdiffusion.config.splits import ALL
+from dbdiffusion.data.normalise import TARGET_SUM, load_expression
 from dbdiffusion.perturbations.embedding import DENSE_EIGEN, top_eigen
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.seeds import rng
@@ -29,6 +30,7 @@ from dbdiffusion.runtime.seeds import rng
 logger = logging.getLogger(__name__)
 
 CELL_BLOCK = 4096
+COEXPRESSION = "coexpression"  # name of the only source that is learned from cells
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,30 @@ class GeneFeatures:
         at = self.genes.get_indexer(pd.Index(names, dtype=object))
         return np.where((at >= 0)[:, None], self.values[at], 0.0), at >= 0
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self, fit: str) -> pd.DataFrame:
         """Rows of contract `gene_features`."""
         n, d = self.values.shape
         return pd.DataFrame(
             {
+                "fit": np.repeat(np.array([fit], dtype=object), n * d),
                 "source": np.repeat(np.array([self.source], dtype=object), n * d),
                 "gene": np.repeat(self.genes.to_numpy(dtype=object), d),
                 "dimension": np.tile(np.arange(d), n),
                 "value": self.values.astype(float).ravel(),
             }
         )
+
+
+def of_fit(frame: pd.DataFrame, fit: str) -> dict[str, GeneFeatures]:
+    """Features by source name from contract `gene_features` for a fit: `all`, or a cross-fit model, for which a source that has
+    rows of models never falls back on those of `all`. A coordinate that is absent is 0."""
+    frame = frame.astype({"fit": str, "source": str, "gene": str})
+    own = frame["source"].isin(frame.loc[frame["fit"] != ALL, "source"]) & (fit != ALL)
+    out = {}
+    for source, rows in frame[frame["fit"] == np.where(own, fit, ALL)].groupby("source", sort=True):
+        wide = rows.pivot(index="gene", columns="dimension", values="value").fillna(0.0).sort_index()
+        out[source] = GeneFeatures(source, pd.Index(wide.index.to_numpy(dtype=object)), wide.to_numpy())
+    return out
 
 
 def nonzero(features: GeneFeatures) -> GeneFeatures:
@@ -131,7 +146,8 @@ def cell_sums(cells: str | Path, groups: Sequence[Sequence[str]], genes: Sequenc
     expression = load_expression(cells, perturbations=names, genes=list(genes), max_cells=max_cells, seed=seed)
     batches = pd.Categorical(expression.obs["batch"])
     depth = np.log(np.maximum(expression.obs["total_counts"].to_numpy(dtype=float), 1.0))
-    covariates = np.column_stack([np.eye(len(batches.categories))[batches.codes], depth - depth.mean()])
+    # Centred on a constant: a mean over all cells would carry those of one group into the sums of the others.
+    covariates = np.column_stack([np.eye(len(batches.categories))[batches.codes], depth - np.log(TARGET_SUM)])
     group_of = {name: number for number, group in enumerate(groups) for name in group}
     code = expression.obs["perturbation"].map(group_of).to_numpy()
     return [_sums(expression.values[code == number], covariates[code == number]) for number in range(len(groups))]

@@ -18,7 +18,7 @@ from dbdiffusion.data.splits import Splits, parts, without
 from dbdiffusion.perturbations.clusters import clusters_frame, gene_clusters, perturbation_clusters
 from dbdiffusion.perturbations.combine import Additivity, locate_all
 from dbdiffusion.perturbations.embedding import Embedding, embed, scaled_effects, training_of
-from dbdiffusion.perturbations.features import CellSums, GeneFeatures, cell_sums, coexpression, load_features, nonzero
+from dbdiffusion.perturbations.features import COEXPRESSION, CellSums, GeneFeatures, cell_sums, coexpression, load_features, nonzero
 from dbdiffusion.perturbations.locators import Clustering, Fold, Known, Locator, Ranked, candidates, rank
 from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.seeds import rng
@@ -119,7 +119,7 @@ class Learner:
         loadings = cache(lambda: self.loadings(learned))
         if self.coexpression_dimensions is not None:
             values = loadings()[:, : self.coexpression_dimensions]
-            features = {"coexpression": nonzero(GeneFeatures("coexpression", genes, values)), **features}
+            features = {COEXPRESSION: nonzero(GeneFeatures(COEXPRESSION, genes, values)), **features}
 
         def cluster() -> Clustering:
             labels = perturbation_clusters(self.embedding(learned).scores, self.clusters, self.seed)
@@ -155,8 +155,7 @@ def write_locations(
     learner = make_learner(cells, measured, plan, targets, features, location, clusters, seed)
     locators = candidates(location, [source.name for source in features if source.name in known_sources(learner)])
     LocationSet.write(locate_fold(learner, locators, targets, MIXTURE.get(location.locator, "no")), locations)
-    whole = learner.known(plan.training)
-    contracts.GENE_FEATURES.write(features_frame(whole, plan.training, targets), gene_features)
+    contracts.GENE_FEATURES.write(features_frame(learner, targets), gene_features)
     scores = learner.embedding(plan.training).scores
     frame = clusters_frame(measured.perturbations, scores, measured.genes, learner.loadings(plan.training), clusters, seed)
     contracts.CLUSTERS.write(frame, out_clusters)
@@ -196,7 +195,7 @@ def learning_groups(plan: Plan) -> list[frozenset[str]]:
 
 def known_sources(learner: Learner) -> list[str]:
     """Feature sources that know some gene."""
-    return [*(["coexpression"] if learner.coexpression_dimensions is not None else []), *learner.fixed]
+    return [*([COEXPRESSION] if learner.coexpression_dimensions is not None else []), *learner.fixed]
 
 
 def choose(learner: Learner, locators: Sequence[Locator], model: str | None, mixture: str) -> list[Ranked]:
@@ -248,12 +247,18 @@ def _joined(pieces: Sequence[LocationSet]) -> LocationSet:
     return LocationSet(queries, pieces[0].neighbours, weights, pd.concat([piece.info for piece in pieces]))
 
 
-def features_frame(known: Known, training: Sequence[str], targets: Sequence[str]) -> pd.DataFrame:
-    """Rows of contract `gene_features`: the genes of training perturbations and targets."""
-    wanted = pd.Index(sorted({gene for name in [*training, *targets] for gene in parts(name)}))
+def features_frame(learner: Learner, targets: Sequence[str]) -> pd.DataFrame:
+    """Rows of contract `gene_features`: the genes of training perturbations and targets. Fit `all` has every source; fit q
+    co-expression alone, since the other sources have seen no cell."""
+    plan = learner.plan
+    wanted = pd.Index(sorted({gene for name in [*plan.training, *targets] for gene in parts(name)}))
+    fits = {ALL: list(learner.known(plan.training).features.values())}
+    if learner.coexpression_dimensions is not None:
+        fits |= {q: [learner.known(learned).features[COEXPRESSION]] for q, (learned, _) in plan.models.items() if q != ALL}
     frames = []
-    for source in known.features.values():
-        rows = source.genes.isin(wanted)
-        frames.append(GeneFeatures(source.source, source.genes[rows], source.values[rows]).to_frame())
-    empty = GeneFeatures("", pd.Index([], dtype=object), np.zeros((0, 1))).to_frame()
+    for fit, sources in fits.items():
+        for source in sources:
+            rows = source.genes.isin(wanted)
+            frames.append(GeneFeatures(source.source, source.genes[rows], source.values[rows]).to_frame(fit))
+    empty = GeneFeatures("", pd.Index([], dtype=object), np.zeros((0, 1))).to_frame(ALL)
     return pd.concat(frames or [empty], ignore_index=True)

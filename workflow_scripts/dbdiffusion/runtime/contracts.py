@@ -93,12 +93,56 @@ GENE_FEATURES = Table(
     "Features of perturbed genes by which perturbations are located, learned without held-out cells. "
     "Genes that a source does not know are absent.",
     [
+        C(
+            "fit",
+            "str",
+            "",
+            "`all`: for targets; `0`, `1`, ...: for the pseudo-targets of that cross-fit model, learned without their cells. Sources that "
+            "no cell enters are stored once, under `all`, and serve every fit",
+        ),
         C("source", "str", "", "feature source: coexpression, or kind and file name"),
         C("gene", "str", "", "gene of a training perturbation or of a target"),
         C("dimension", "int", "", "feature, from 0"),
         C("value", "float", "arbitrary", "value; inner products within a source are similarities of genes, about 1 with oneself"),
     ],
-    ("source", "gene", "dimension"),
+    ("fit", "source", "gene", "dimension"),
+)
+
+LOCATION_QUALITY = Table(
+    "location_quality",
+    "How well locators place perturbations that are measured but treated as if they were not. One row for each query, locator and set of "
+    "features. A report only: it compares with held-out cells, and nothing is learned from it.",
+    [
+        C("seed", "int", "", "seed of the run"),
+        C("fold", "str", "", "outer fold, or `all`"),
+        C("role", "str", "", "target (held out) or pseudo (located without its own cells)", choices=("target", "pseudo")),
+        C("query", "str", "", "perturbation that is located"),
+        C(
+            "locator",
+            "str",
+            "",
+            "`in use` (the one that was chosen), or a locator and its feature sources, its setting chosen on other queries",
+        ),
+        C(
+            "features",
+            "str",
+            "",
+            "given, or permuted over genes (negative control; a mean over permutations)",
+            choices=("given", "permuted"),
+        ),
+        C("located", "float", "0-1", "1 where it was located, 0 where not: the training mean stands in"),
+        C(
+            "error",
+            "float",
+            "gene noise squared",
+            "squared distance of the located neighbours' weighted mean effect to the measured effect",
+        ),
+        C("baseline", "float", "gene noise squared", "the same of the training mean"),
+        C("purity", "float", "0-1", "share of the positive weight on neighbours in the query's true cluster", missing=True),
+        C("purity_random", "float", "0-1", "share of possible neighbours in the query's true cluster", missing=True),
+        C("confidence", "float", "0-1", "location confidence (of `in use`)", missing=True),
+    ],
+    ("seed", "fold", "role", "query", "locator", "features"),
 )
 
 MEANS = Table(
@@ -133,7 +177,13 @@ DE = Table(
         C("p_t", "float", "", "two-sided p of lfc against 0", missing=True),
         C("q_t", "float", "", "Benjamini-Hochberg over the target's genes", missing=True),
         C("p_selection", "float", "", "conformal p of `an experiment would call this gene`", missing=True),
-        C("q_selection", "float", "", "its Benjamini-Hochberg q", missing=True),
+        C(
+            "q_selection",
+            "float",
+            "",
+            "false discovery rate of calling all genes at least as strong, from pseudo-targets",
+            missing=True,
+        ),
         C("call", "str", "", "up, down, none or no_call", choices=CALLS),
         C("reason", "str", "", "why there is no call, else empty"),
         C("lambda", "float", "0-1", "weight of the predictor", missing=True),
@@ -192,5 +242,18 @@ COMPUTE = Table(
 )
 
 CONTRACTS = {
-    table.name: table for table in (EFFECTS, LOCATIONS, EMBEDDING, CLUSTERS, GENE_FEATURES, MEANS, DE, SCORES, CALIBRATION, COMPUTE)
+    table.name: table
+    for table in (
+        EFFECTS,
+        LOCATIONS,
+        EMBEDDING,
+        CLUSTERS,
+        GENE_FEATURES,
+        LOCATION_QUALITY,
+        MEANS,
+        DE,
+        SCORES,
+        CALIBRATION,
+        COMPUTE,
+    )
 }
