@@ -50,6 +50,12 @@ format: $(READY) ## format code, render config and docs
 	$(BIN)/snakefmt Snakefile rules
 	cd workflow_scripts && ../$(BIN)/python -m dbdiffusion.config.render
 
+.PHONY: bench
+bench: $(READY) ## cost, speed and memory of the generator, of inference and of location
+	PYTHONPATH=workflow_scripts $(BIN)/python tests/benchmarks/bench_generative.py $(CORES)
+	PYTHONPATH=workflow_scripts $(BIN)/python tests/benchmarks/bench_inference.py
+	PYTHONPATH=workflow_scripts $(BIN)/python tests/benchmarks/bench_locate.py
+
 .PHONY: calibration
 calibration: $(READY) ## the calibration study on simulated screens (long; resumable)
 	$(SNAKEMAKE) calibration_study

@@ -167,7 +167,7 @@ rule figure_intervals:
         folds=HELD_OUT_FOLDS,
         seed=SEEDS[0],
         method=SHOWN,
-        config=block("benchmark", "inference"),
+        config=block("inference"),
         code=code("figure_intervals.py"),
     script:
         "../workflow_scripts/figure_intervals.py"

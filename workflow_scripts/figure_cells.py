@@ -10,7 +10,8 @@ with stage_log(snakemake.log[0]):
         cells=snakemake.input.cells,
         generated=snakemake.input.generated,
         locations=snakemake.input.locations,
-        targets=strongest_targets(**source, folds=[snakemake.wildcards.fold], count=snakemake.params.config["benchmark"]["figure_targets"]),
+        targets=strongest_targets(**source, folds=[snakemake.wildcards.fold]),
+        most=snakemake.params.config["benchmark"]["figure_targets"],
         png=snakemake.output.png,
         pdf=snakemake.output.pdf,
     )

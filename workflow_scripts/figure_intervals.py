@@ -6,11 +6,10 @@ from dbdiffusion.runtime.log import stage_log
 
 with stage_log(snakemake.log[0]):
     source = {"moments": snakemake.input.moments, "splits": snakemake.input.splits}
-    target = strongest_targets(**source, folds=snakemake.params.folds, count=1)[0]
     draw_intervals(
         de=snakemake.input.de,
         moments=snakemake.input.moments,
-        target=target,
+        target=strongest_targets(**source, folds=snakemake.params.folds),
         png=snakemake.output.png,
         pdf=snakemake.output.pdf,
         method=snakemake.params.method,

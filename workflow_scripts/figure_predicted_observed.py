@@ -6,11 +6,11 @@ from dbdiffusion.runtime.log import stage_log
 
 with stage_log(snakemake.log[0]):
     source = {"moments": snakemake.input.moments, "splits": snakemake.input.splits}
-    targets = strongest_targets(**source, folds=snakemake.params.folds, count=snakemake.params.config["benchmark"]["figure_targets"])
     draw_predicted_observed(
         de=snakemake.input.de,
         moments=snakemake.input.moments,
-        targets=targets,
+        targets=strongest_targets(**source, folds=snakemake.params.folds),
+        most=snakemake.params.config["benchmark"]["figure_targets"],
         png=snakemake.output.png,
         pdf=snakemake.output.pdf,
         method=snakemake.params.method,

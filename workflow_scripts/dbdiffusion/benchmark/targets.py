@@ -13,8 +13,8 @@ from dbdiffusion.data.splits import Splits
 from dbdiffusion.perturbations.effects import estimate_effects
 
 
-def strongest_targets(*, moments: str | Path, splits: str | Path, folds: Sequence[str], count: int) -> list[str]:
-    """The `count` held-out targets of the folds with the largest standardised effect in half A, strongest first.
+def strongest_targets(*, moments: str | Path, splits: str | Path, folds: Sequence[str]) -> list[str]:
+    """The held-out targets of the folds by their standardised effect in half A, strongest first.
 
     Half A chooses, half B is what figures show: a target is not picked for its luck in the cells it is shown with.
     """
@@ -25,4 +25,4 @@ def strongest_targets(*, moments: str | Path, splits: str | Path, folds: Sequenc
     half = estimate_effects(measured, names, half="A", control_half="A")
     z = np.divide(half.effect, half.se, out=np.zeros_like(half.effect), where=half.se > 0)
     strength = (z**2).mean(axis=1)
-    return [names[i] for i in np.argsort(-strength, kind="stable")[:count]]
+    return [names[i] for i in np.argsort(-strength, kind="stable")]

@@ -100,7 +100,7 @@ class _Dataset(Block):
 
 
 class SimulateDataset(_Dataset):
-    """A simulated screen with known truth (see the method page for the model)."""
+    """A simulated screen with known truth (docs/method.md says how)."""
 
     kind: Literal["simulate"] = "simulate"
     """A simulated screen, seeded, whose true effects are known."""

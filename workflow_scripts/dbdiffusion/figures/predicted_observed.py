@@ -67,7 +67,7 @@ def _measured_panel(page: style.Sheet, ax: Axes, target: str, rows: pd.DataFrame
     ax.set_aspect("equal")
     ceiling = pearson(truth["replicate"].to_numpy(), truth["effect"].to_numpy())
     ax.set_title(f"{style.short(target, TITLE)}\nr = {pearson(x, y):.2f} (replicate {ceiling:.2f})".replace("-", "−"))
-    ax.set_xlabel(f"observed in half B ({style.count(int(truth['n_cells'].max()), 'cell')})")
+    ax.set_xlabel(f"observed ({style.count(int(truth['n_cells'].max()), 'cell')})")
     ax.set_ylabel(f"predicted ({_called(rows[good])})")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(4))
@@ -92,7 +92,7 @@ def _unmeasured_panel(page: style.Sheet, ax: Axes, target: str, rows: pd.DataFra
 
 
 def _called(rows: pd.DataFrame) -> str:
-    return f"{int(rows['call'].isin(['up', 'down']).sum()):,} of {len(rows):,} called"
+    return f"{int(rows['call'].isin(['up', 'down']).sum()):,}/{len(rows):,} called"
 
 
 def _reason(rows: pd.DataFrame) -> str:
