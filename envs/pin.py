@@ -16,8 +16,8 @@ ENVIRONMENTS = {
     "figures": ["matplotlib", "adjustText", "scanpy", "igraph", "pynndescent", "scikit-learn"],
 }
 HEADER = {
-    "torch": "# The CPU build of torch; where pip finds only a CUDA build, that one runs on the CPU too.",
-    "torch-cuda": "# CUDA 12.6 build of torch; another CUDA version: change the index below to match your driver.",
+    "torch": "# torch as PyPI has it: on Linux with CUDA libraries, which run on the CPU too.",
+    "torch-cuda": "# torch with CUDA 12.6, for run.device: cuda; another CUDA version: change the index below to match your driver.",
 }
 CUDA_INDEX = "--extra-index-url https://download.pytorch.org/whl/cu126"
 

@@ -31,7 +31,7 @@ GENERATOR = "dbdiffusion"
 BASELINES = list(CONFIG.benchmark.baselines)
 METHODS = [GENERATOR, *BASELINES]
 # The prediction that figures show: all predictors stacked where pseudo-targets can tune them, else the generator.
-SHOWN = "stacked" if CONFIG.splits.crossfit_folds else GENERATOR
+SHOWN = "stacked" if CONFIG.splits.crossfit_folds and CONFIG.inference.weight == "tuned" else GENERATOR
 # A GPU is asked of the scheduler unless the config keeps the run on the CPU.
 GPUS = 0 if CONFIG.run.device == "cpu" else 1
 

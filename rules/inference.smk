@@ -99,7 +99,8 @@ rule study:
         mem_mb=8000,
         runtime=minutes(720),
     params:
-        scratch="results/calibration/scratch",
+        # Keyed by the code: screens of an older version are not taken for this one's.
+        scratch=f"results/calibration/scratch_{code('study.py')}",
         code=code("study.py"),
     script:
         "../workflow_scripts/study.py"

@@ -11,6 +11,11 @@ def listed(files: object) -> list[str]:
 with stage_log(snakemake.log[0]):
     write_compute(
         benchmarks={rule: listed(snakemake.input[rule]) for rule in snakemake.params.rules},
-        records={"train_vae": listed(snakemake.input.vae_records), "train_diffusion": listed(snakemake.input.diffusion_records)},
+        records={
+            "train_vae": listed(snakemake.input.vae_records),
+            "train_diffusion": listed(snakemake.input.diffusion_records),
+            # Generation runs where the model was trained.
+            "generate": listed(snakemake.input.diffusion_records),
+        },
         out=snakemake.output.compute,
     )

@@ -102,7 +102,10 @@ def test_merge(screen, models: list[dict[str, Path]], tmp_path: Path) -> None:
         for name in splits.inner("0", str(q)):
             at, own = merged.rows([name])[0], sets[q].rows([name])[0]
             assert merged.roles[at] == "pseudo"
-            np.testing.assert_array_equal(merged.mean[at], sets[q].mean[own])
+            # Against the merged control it has the effect that its own model gave it against its own.
+            control, own_control = merged.rows(["control"])[0], sets[q].rows(["control"])[0]
+            effect = sets[q].mean[own] - sets[q].mean[own_control]
+            np.testing.assert_allclose(merged.mean[at] - merged.mean[control], effect, atol=1e-12)
             assert set(cells.obs.loc[cells.obs["perturbation"] == name, "crossfit"]) == {str(q)}
     for name in [*splits.targets("0"), "control"]:
         at, rows = merged.rows([name])[0], [s.rows([name])[0] for s in sets]

@@ -24,7 +24,6 @@ from dbdiffusion.data.sets import CONTROL, EffectSet, LocationSet, MeanSet
 from dbdiffusion.data.splits import Splits
 from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.errors import UserError
-from dbdiffusion.runtime.files import atomic_path
 from dbdiffusion.runtime.seeds import derive_seed, rng
 from dbdiffusion.runtime.tables import Table
 
@@ -314,10 +313,3 @@ def summarise(scores: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> 
         wide = per_target[column].unstack("target").reindex(index=out.index, columns=targets)
         out[low], out[high] = _bootstrap(wide.to_numpy(dtype=float).T, shares)
     return out.reset_index()[columns]
-
-
-def write_summary(scores: str | Path, out_tsv: str | Path, *, resamples: int = 1000, seed: int = 0) -> None:
-    """Write `summarise` of a scores table as TSV with six significant digits."""
-    summary = summarise(contracts.SCORES.read(scores), resamples=resamples, seed=seed)
-    with atomic_path(out_tsv) as temporary:
-        summary.to_csv(temporary, sep="\t", index=False, float_format="%.6g")

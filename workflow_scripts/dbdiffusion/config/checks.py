@@ -20,6 +20,10 @@ MADE_UNDER = "results"
 _PSEUDO = "pseudo-targets (splits.crossfit_folds >= 2)"
 
 
+RESERVED = ("annotations", "bench", "benchmarks", "calibration", "downloads", "logs", "report")
+"""Folders under results/ that belong to no dataset."""
+
+
 def cross_checks(blocks: dict[str, Any], root: Path) -> list[Problem]:
     """Problems between blocks. Blocks that did not parse are absent from `blocks`, and checks on them are left out."""
     problems: list[Problem] = []
@@ -45,6 +49,10 @@ def _run(run: RunConfig, datasets: dict[str, Any]) -> Iterator[Problem]:
         if seed < 0:
             yield Problem("run.seeds", seed, "is negative", "seeds name folders: write 0 or more")
     for name in datasets:
+        if name in RESERVED:
+            yield Problem(
+                key_path("datasets", name), name, "is a folder of the workflow's own under results/", "call the dataset otherwise"
+            )
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             yield Problem(
                 key_path("datasets", name), name, "cannot be a folder name", "use letters, digits, '_', '-' and '.' in dataset names"
@@ -143,8 +151,11 @@ def _sources(name: str, dataset: Any, root: Path) -> Iterator[Problem]:
         remedy = "combinations are kept and multi-guide cells dropped: give them different separators, or set one to null"
         key = key_path("datasets", name, "labels", "multi_guide_separator")
         yield Problem(key, labels.multi_guide_separator, "is also the combination_separator", remedy)
+    names = [source.name for source in dataset.features]
     for number, source in enumerate(dataset.features):
         key = key_path("datasets", name, "features", number)
+        if source.name in names[:number]:
+            yield Problem(key, source.name, "is the name of two sources", "name each source once; give files of one kind different names")
         if source.min_size > source.max_size:
             yield Problem(f"{key}.min_size", source.min_size, f"larger than max_size ({source.max_size})", "lower it, or raise max_size")
         if source.path is not None and not _is_made(source.path):

@@ -36,7 +36,7 @@ class FeatureSource(Block):
         """Short name in tables and figures."""
         if self.path is None:
             return self.kind
-        stem = self.path.replace("\\", "/").rsplit("/", 1)[-1].split(".")[0]
+        stem = re.sub(r"(\.(gmt|csv|tsv|txt|parquet|npz|gz))+$", "", self.path.replace("\\", "/").rsplit("/", 1)[-1])
         return f"{self.kind}:{stem}"
 
 
@@ -87,7 +87,8 @@ class GuideAssignment(Block):
     min_counts: int = Field(5, ge=1)
     """A guide is present at this many UMI or more."""
     min_share: float = Field(0.8, gt=0, le=1)
-    """The first guide must hold this share of the cell's guide UMI; with several guides present the cell counts as multi-guide."""
+    """The present guides of the cell's perturbation must together hold this share of its guide UMI. Cells with present guides of
+    several genes count as multi-guide, unless the guide table declares that combination."""
 
 
 class _Dataset(Block):

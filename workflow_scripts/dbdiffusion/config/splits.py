@@ -25,7 +25,7 @@ class SplitsConfig(Block):
     no pseudo-targets."""
     held_out: list[str] = Field([])
     """With leave_one_out: the perturbations to hold out, one fold each."""
-    stratify: list[Literal["effect", "cells"]] = Field(["effect", "cells"])
+    stratify: list[Literal["effect", "cells"]] = Field(["cells"])
     """Balance outer folds by effect strength and number of cells."""
     combinations: Literal["with_genes", "any"] = "with_genes"
     """Home fold of a combination: one of its genes' folds, or any fold (then its parts may be measured). Either way it is left out of

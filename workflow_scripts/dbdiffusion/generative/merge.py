@@ -19,13 +19,23 @@ def merged_means(sets: list[MeanSet]) -> MeanSet:
     """Means of the models' rows: targets and control averaged, with Monte-Carlo variance sum / Q^2 over the Q models that hold them
     (models share no noise that their means could have in common but the sampler's, which is counted as independent); a pseudo-target from
     its own model; a seen perturbation from the first model that holds it, unless a model has it as pseudo-target.
+
+    Models differ by an offset that all their rows share. It averages out of the difference of a target and the control; rows of one
+    model are moved by the difference of the averaged control and that model's own, so that it drops out of theirs too.
     """
     names, roles, mean, variance = [], [], [], []
-    for name, role, holders in holders_by_name(sets):
+    everyone = holders_by_name(sets)
+    control = {q: sets[q].mean[i] for _, role, holders in everyone if role == "control" for q, i in holders}
+    centre = np.mean(list(control.values()), axis=0) if control else None
+    for name, role, holders in everyone:
         rows = [(sets[q].mean[i], sets[q].mc_variance[i]) for q, i in holders]
         names.append(name)
         roles.append(role)
-        mean.append(np.mean([m for m, _ in rows], axis=0))
+        offset = 0.0
+        if role not in AVERAGED and centre is not None:
+            own = [control[q] for q, _ in holders if q in control]
+            offset = centre - np.mean(own, axis=0) if own else 0.0
+        mean.append(np.mean([m for m, _ in rows], axis=0) + offset)
         variance.append(np.sum([v for _, v in rows], axis=0) / len(rows) ** 2)
     return MeanSet(pd.Index(names), np.array(roles, dtype=object), sets[0].genes, np.array(mean), np.array(variance))
 

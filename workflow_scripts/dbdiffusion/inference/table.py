@@ -94,7 +94,9 @@ def infer(
     variates: dict[str, tuple[Variate, ...]] = {name: (Variate(p, "debiased"),) for name, p in predictors.items()}
     joined = [p for name, p in predictors.items() if name not in NOT_STACKED and p.out_of_fold]
     if joined and config.weight == "tuned" and any(len(p.queries) >= debias.MIN_PSEUDO for p in pseudo.values()):
-        forms = [Variate(p, form) for p in joined for form in ("debiased", "raw") if (p.name, form) != ("neighbour_mean", "raw")]
+        # Raw predictions alone: a pseudo-target's neighbours are predicted by models that saw its cells, so residuals of
+        # neighbours would hold a part of its own effect, which a target's do not.
+        forms = [Variate(p, "raw") for p in joined if p.name != "neighbour_mean"]
         variates = {STACKED: (*forms, Variate(None, "raw")), **variates}
     models = {name: debias.fit_kinds(screen, locations, pseudo, v, config) for name, v in variates.items()}
     inference = Inference(screen, locations, pseudo, predictors, variates, models, {}, config)
