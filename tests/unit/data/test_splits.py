@@ -162,7 +162,7 @@ def test_splits_by_cell_number_never_look_at_counts(tmp_path: Path) -> None:
 def test_inner_folds_never_look_at_held_out_counts(tmp_path: Path) -> None:
     """Stratified by effect, the inner folds are still the same whatever the held-out perturbation's counts are."""
     cells = make_cells(tmp_path / "cells.h5ad")
-    config = SplitsConfig(scheme="leave_one_out", held_out=["G03"], crossfit_folds=3)
+    config = SplitsConfig(scheme="leave_one_out", held_out=["G03"], crossfit_folds=3, stratify=["effect", "cells"])
     write_splits(cells, config, [], 1, tmp_path / "a.json")
     write_splits(replace_counts(cells, tmp_path / "g.h5ad", "G03"), config, [], 1, tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()

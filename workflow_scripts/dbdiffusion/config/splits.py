@@ -26,7 +26,8 @@ class SplitsConfig(Block):
     held_out: list[str] = Field([])
     """With leave_one_out: the perturbations to hold out, one fold each."""
     stratify: list[Literal["effect", "cells"]] = Field(["cells"])
-    """Balance outer folds by effect strength and number of cells."""
+    """Balance folds by number of cells, and by effect strength if named. `effect` spreads strong perturbations over the folds, but lets a
+    held-out perturbation's own cells decide with whom it is held out; without it, folds do not depend on counts."""
     combinations: Literal["with_genes", "any"] = "with_genes"
     """Home fold of a combination: one of its genes' folds, or any fold (then its parts may be measured). Either way it is left out of
     training wherever one of its genes is held out."""
