@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dbdiffusion.benchmark.metrics import HIGHER_IS_BETTER
 from dbdiffusion.benchmark.scores import REPLICATE, summarise
@@ -96,6 +97,8 @@ def _finish(ax: Axes, metric: str, genes: str, part: pd.DataFrame) -> None:
     ax.set_title(f"{_title(metric, genes)} (n = {n})")
     better = HIGHER_IS_BETTER.get(metric)
     hint = "" if better is None else (", higher is better" if better else ", lower is better")
+    # Few ticks: three panels share a page's width, and small errors have long numbers.
+    ax.xaxis.set_major_locator(MaxNLocator(4))
     ax.set_xlabel(f"mean over targets{hint}")
     ax.grid(axis="x", color=style.LIGHT, lw=0.4)
     ax.tick_params(axis="y", length=0)
