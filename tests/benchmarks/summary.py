@@ -15,6 +15,7 @@ import pandas as pd
 from dbdiffusion.runtime import contracts
 
 METRICS = ("pearson_delta", "pearson_delta_perturbed", "mse", "discrimination", "energy_distance")
+COLUMNS = ["check", "method", "stratum", "level", "value", "n", "low", "high"]
 RAW = ("control", "training_mean", "neighbour_mean", "ridge", "linear", "dbdiffusion")
 
 
@@ -40,14 +41,15 @@ def main(names: list[str]) -> None:
         print(f"\n## {name}: {table.attrs['targets']} held-out targets placed\n")
         print(table.round(3).to_string())
         checks = contracts.CALIBRATION.read(folder / "calibration.parquet")
-        checks = checks[checks["stratum"] == "all"]
+        # `pooled`: the false share of all calls; `all`: its mean over targets, where a target without calls counts as 0.
+        checks = checks[checks["stratum"].isin(["all", "pooled"]) | (checks["stratum"] == "effect high")]
         chosen = [
             checks[(checks["check"] == "coverage") & (checks["level"] == 0.95)],
             checks[checks["check"].isin(["fdr", "power"]) & (checks["level"] == 0.1) & checks["method"].isin(["selection", "t"])],
             checks[(checks["check"] == "power_replicate") & (checks["level"] == 0.1)],
             checks[checks["check"].isin(["control_guides_ks", "doubling"])],
         ]
-        print("\n" + pd.concat(chosen)[["check", "method", "level", "value", "n", "low", "high"]].round(3).to_string(index=False))
+        print("\n" + pd.concat(chosen)[COLUMNS].round(3).to_string(index=False))
         de = contracts.DE.read(folder / "de.parquet")
         de = de[de["method"] == "stacked"]
         print(

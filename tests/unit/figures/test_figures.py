@@ -127,6 +127,9 @@ def test_cells_on_the_map_are_what_they_are_called(made):
     assert near
     assert target not in near
     assert len(sets.of("generated", [target])) == 60
+    drawn = [name for name in near if name in cells.generated_perturbations(made.generated)]
+    assert all(len(sets.of("generated", [name])) for name in drawn)
+    assert set(sets.perturbation[sets.kind == "generated"]) == {target, *drawn}
     expression = estimate_effects(Moments.read(made.moments), [target], EffectSet.read(made.effects).genes)
     rows = sets.of("real", [target])
     assert len(rows) == expression.n_cells[0]

@@ -23,7 +23,7 @@ class InferenceConfig(Block):
     q: float = Field(0.1, gt=0, lt=1)
     """Nominal false discovery rate of calls."""
     fdr: Literal["pooled", "target"] = "pooled"
-    """What conformal selection holds at q: pooled, the share of false calls among all calls, and its mean over targets; or only the
+    """What conformal selection aims to hold at q: pooled, the share of false calls among all calls, and its mean over targets; or only the
     mean over targets (more calls, but where few targets have calls, most of them may be false)."""
     min_k_eff: float = Field(3.0, ge=1)
     """Fewer effective neighbours: no call."""

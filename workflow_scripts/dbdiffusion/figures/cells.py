@@ -81,11 +81,11 @@ def _pick(rows: np.ndarray, cap: int, seed: int, *labels: object) -> np.ndarray:
 
 
 def gather(cells: str | Path, generated: str | Path, targets: list[str], neighbours: dict[str, list[str]], seed: int) -> CellSets:
-    """Real control, target and neighbour cells and generated target cells on the genes of the generator."""
-    made, made_of, genes = read_generated(generated, targets)
+    """Real control, target and neighbour cells and generated target and neighbour cells on the genes of the generator."""
+    near = sorted({name for target in targets for name in neighbours[target]} - set(targets))
+    made, made_of, genes = read_generated(generated, [*targets, *near])
     with open_cells(cells) as file:
         measured, shared = set(file.obs["perturbation"]), genes.isin(file.genes)
-    near = sorted({name for target in targets for name in neighbours[target]} - set(targets))
     names = [name for name in (CONTROL, *targets, *near) if name in measured]
     real = load_expression(cells, perturbations=names, genes=list(genes[shared]))
     label = real.obs["perturbation"].to_numpy()
@@ -100,6 +100,8 @@ def gather(cells: str | Path, generated: str | Path, targets: list[str], neighbo
         kinds.append(np.full(len(rows[-1]), kind, dtype=object))
     at = np.concatenate(rows)
     made_at = np.concatenate([_pick(np.flatnonzero(made_of == t), CAP["generated"], seed, "generated", t) for t in targets])
+    near_at = [_pick(np.flatnonzero(made_of == name), share, seed, "generated", name) for name in near]
+    made_at = np.concatenate([made_at, *near_at])
     shown = real.values[at]  # noqa: PD011 (a sparse matrix, no pandas object)
     return CellSets(
         np.vstack([shown.toarray().astype(np.float64), made[made_at][:, shared]]),
@@ -155,7 +157,7 @@ def draw_cells(
     seed: int = 0,
     most: int = MAX_TARGETS,
 ) -> None:
-    """Real (top) and generated (bottom) cells of each target on one UMAP with control cells and cells of its neighbours.
+    """Real (top) and generated (bottom) cells of each target and of its neighbours on one UMAP with control cells.
 
     cells: cells.h5ad; generated: generated.h5ad (ln(1 + CP10k)); locations: contract `locations`; targets: the first `most`
     (6 at the utmost) that were generated are drawn. Held-out cells are read for this picture only. The PCA is learned from real
@@ -169,7 +171,7 @@ def draw_cells(
     # Of one target the two panels stand side by side.
     panels = (1, 2) if columns == 1 else (2, columns)
     side = (width - 6) / panels[1] - 3
-    with style.sheet(width, panels[0] * (side + (12 if columns > 4 else 9)) + 10, png=png, pdf=pdf) as page:
+    with style.sheet(width, panels[0] * (side + (12 if columns > 4 else 9)) + 14, png=png, pdf=pdf) as page:
         if not shown:
             style.empty(page.fig.subplots(), "No target was generated.")
             return
@@ -182,9 +184,11 @@ def draw_cells(
         for column, target in enumerate(shown):
             near = np.concatenate([sets.of(k, neighbours[target]) for k in ("neighbour", "real")])
             real, made = sets.of("real", [target]), sets.of("generated", [target])
+            near_made = sets.of("generated", neighbours[target])
             top, bottom = axes[:, column]
             _panel(top, spot, [(control, "#A6A6A6", 2.5, 0.7), (near, style.SKY, 3.5, 0.8), (real, style.OBSERVED, 4.5, 0.9)])
-            _panel(bottom, spot, [(control, "#A6A6A6", 2.5, 0.7), (real, style.OBSERVED, 3.0, 0.35), (made, style.PREDICTED, 4.5, 0.8)])
+            behind = [(control, "#A6A6A6", 2.5, 0.7), (near_made, style.PURPLE, 3.0, 0.5), (real, style.OBSERVED, 3.0, 0.35)]
+            _panel(bottom, spot, [*behind, (made, style.PREDICTED, 4.5, 0.8)])
             for ax in (top, bottom):
                 ax.set_xlim(frame[0])
                 ax.set_ylim(frame[1])
@@ -202,7 +206,7 @@ def draw_cells(
         for ax in axes[1]:
             ax.set_xlabel("(UMAP 1)", fontsize=6)
         style.letter_panels(list(axes[0]))
-        _legend(page.fig, axes[0, 0], 5)
+        _legend(page.fig, axes[0, 0], 3)
 
 
 def _legend(fig: Figure, ax: Axes, columns: int) -> None:
@@ -211,6 +215,7 @@ def _legend(fig: Figure, ax: Axes, columns: int) -> None:
         (style.SKY, "real neighbours"),
         (style.OBSERVED, "real target (held out)"),
         (style.PREDICTED, "generated target"),
+        (style.PURPLE, "generated neighbours"),
         ("#E6E6E6", "other cells"),
     )
     handles = [ax.scatter([], [], s=12, c=c, linewidths=0, label=t) for c, t in looks]
