@@ -127,15 +127,19 @@ def test_cells_on_the_map_are_what_they_are_called(made):
     assert near
     assert target not in near
     assert len(sets.of("generated", [target])) == 60
-    drawn = [name for name in near if name in cells.generated_perturbations(made.generated)]
-    assert all(len(sets.of("generated", [name])) for name in drawn)
-    assert set(sets.perturbation[sets.kind == "generated"]) == {target, *drawn}
     expression = estimate_effects(Moments.read(made.moments), [target], EffectSet.read(made.effects).genes)
     rows = sets.of("real", [target])
     assert len(rows) == expression.n_cells[0]
     assert sets.expression[rows].mean(axis=0) == pytest.approx(
         expression.effect[0] + sets.expression[sets.of("control", ["control"])].mean(axis=0), abs=0.2
     )
+
+
+def test_generated_cells_of_neighbours_are_drawn_too(made):
+    target, other = made.targets[:2]
+    sets = cells.gather(made.cells, made.generated, [target], {target: [other]}, seed=0)
+    assert set(sets.perturbation[sets.kind == "generated"]) == {target, other}
+    assert set(sets.perturbation[sets.kind == "neighbour"]) == {other}
 
 
 def test_predicted_observed(made, out, caplog):
