@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from dbdiffusion.data.sets import CONTROL
-from dbdiffusion.inference import debias
+from dbdiffusion.inference import debias, ttest
 from dbdiffusion.inference.debias import Predictor, Queries, Screen, Variate
 
 
@@ -119,15 +119,18 @@ def test_degenerate_screens_give_finite_estimates(toy):
     assert (found.variance[0, [0, 1, 3, 4]] > 0).all()
 
 
-def test_level_factor_gives_nominal_coverage_of_heavy_tailed_errors():
+@pytest.mark.parametrize("heavy", [0.0, 0.05])
+def test_tails_hold_at_the_level_and_far_beyond(heavy):
     random = np.random.default_rng(0)
-    error = random.normal(size=(200, 100)) * np.where(random.random((200, 100)) < 0.05, 3.0, 1.0)
+    error = random.normal(size=(300, 100)) * np.where(random.random((300, 100)) < heavy, 3.0, 1.0)
     variance = np.full(error.shape, float((error**2).mean()))
-    found = debias.Estimate(error, variance, 0 * error, 0 * error, np.full(200, 30.0), 0 * error)
-    factor = debias.level_factor(error, found, 0 * error, 0.95)
-    covered = (np.abs(error) <= 2.04 * np.sqrt(factor * variance)).mean()
-    assert factor < 1
-    assert covered == pytest.approx(0.95, abs=0.02)
+    found = debias.Estimate(error, variance, 0 * error, 0 * error, np.full(300, 50.0), 0 * error)
+    factor, df = debias.fit_tails(error, found, 0 * error, 0.95)
+    new = random.normal(size=error.shape) * np.where(random.random(error.shape) < heavy, 3.0, 1.0)
+    p = ttest.p_values(new, np.sqrt(factor * variance), min(df, 50.0))
+    assert (p > 0.05).mean() == pytest.approx(0.95, abs=0.01)
+    assert (p < 0.005).mean() <= 0.005 + 0.0015
+    assert (df < 10) == (heavy > 0)
 
 
 def test_mix_is_the_same_sparse_and_dense():

@@ -17,7 +17,7 @@ def pairs(seed=0, k=12, genes=30):
 
 def test_pooled_curve_written_out():
     scores, labels = pairs()
-    grid, rates = selection.pooled_curve(scores, labels)
+    grid, rates = selection.pooled_curve(scores, labels, np.ones(len(scores)))
     assert np.array_equal(grid, np.unique(scores))
     slow = []
     for cut in grid:
@@ -31,7 +31,7 @@ def test_pooled_curve_written_out():
 
 def test_target_curve_written_out():
     scores, labels = pairs(1)
-    levels, rates = selection.target_curve(scores, labels)
+    levels, rates = selection.target_curve(scores, labels, np.ones(len(scores)))
     adjusted = []
     for k in range(len(scores)):
         others = np.delete(np.arange(len(scores)), k)
@@ -52,9 +52,32 @@ def test_ridge_logistic_against_sklearn():
     x = random.normal(size=(800, 5))
     y = random.random(800) < 1 / (1 + np.exp(-(x @ [1.0, -2.0, 0.0, 0.5, 0.0] - 1)))
     want = LogisticRegression(C=1 / 10.0, tol=1e-10, max_iter=1000).fit(x, y)
-    assert np.allclose(selection.ridge_logistic(x, y, 10.0), [*want.intercept_, *want.coef_[0]], atol=1e-4)
-    separated = selection.ridge_logistic(np.arange(10.0)[:, None], np.arange(10) > 4, 0.1)
+    assert np.allclose(selection.ridge_logistic(x, y, np.full(5, 10.0)), [*want.intercept_, *want.coef_[0]], atol=1e-4)
+    separated = selection.ridge_logistic(np.arange(10.0)[:, None], np.arange(10) > 4, np.full(1, 0.1))
     assert np.isfinite(separated).all()
+
+
+def test_scores_of_few_targets_shrink_to_the_predicted_effect():
+    """Labels follow the predicted effect, and a trait of the target that with few targets is chance alone."""
+    random = np.random.default_rng(3)
+    n_pair, n_target = len(selection.PAIR_FEATURES), len(selection.TARGET_FEATURES)
+
+    def draw(k: int) -> tuple[selection.Features, np.ndarray]:
+        x = selection.Features(
+            random.normal(size=(k, 200, n_pair)).astype(np.float32), random.normal(size=(k, n_target)).astype(np.float32)
+        )
+        return x, random.random((k, 200)) < 1 / (1 + np.exp(-x.pair[..., selection.PLAIN] + 1 - random.normal(size=(k, 1))))
+
+    x, labels = draw(6)
+    new, _ = draw(50)
+    terms = x.expanded().reshape(-1, len(selection._log_odds(x, labels)) - 1)
+    free = selection.ridge_logistic(terms, labels.ravel(), np.full(terms.shape[1], 10.0))
+    plain = new.pair[..., selection.PLAIN]
+
+    def agreement(beta: np.ndarray) -> float:
+        return float(np.corrcoef(selection.score(beta, new).ravel(), plain.ravel())[0, 1])
+
+    assert agreement(selection._log_odds(x, labels)) > agreement(free) + 0.02
 
 
 def test_score_is_linear_in_the_expanded_terms():
@@ -68,8 +91,7 @@ def test_score_is_linear_in_the_expanded_terms():
 @pytest.mark.parametrize("unit", ["pooled", "target"])
 def test_better_scores_have_smaller_p_and_q(unit):
     scores, labels = pairs(3, 40, 50)
-    curve = (selection.pooled_curve if unit == "pooled" else selection.target_curve)(scores, labels)
-    selector = selection.Selector(np.zeros(1), -np.inf, np.sort(scores[~labels]), labels.size, unit, curve)
+    selector = selection.Scored(np.zeros(1), scores, labels, np.ones(40)).calibrated(unit, 0.1)
     found = np.sort(np.random.default_rng(0).normal(size=(3, 80)), axis=1)
     assert (np.diff(selector.p_values(found), axis=1) <= 0).all()
     assert (np.diff(selector.q_values(found), axis=1) <= 0).all()
@@ -84,18 +106,62 @@ def test_conformal_p_of_null_pairs_is_valid():
     for _ in range(400):
         labels = random.random((21, 20)) < 0.3
         scores = random.normal(size=labels.shape) + labels
-        null = np.sort(scores[:-1][~labels[:-1]])
-        selector = selection.Selector(np.zeros(1), -np.inf, null, labels[:-1].size, "pooled", (np.zeros(1), np.ones(1)))
+        selector = selection.Scored(np.zeros(1), scores[:-1], labels[:-1], np.ones(20)).calibrated("pooled", 0.1)
         hits.append(((selector.p_values(scores[-1:]) <= 0.1) & ~labels[-1:]).mean())
     mean, se = np.mean(hits), np.std(hits) / np.sqrt(len(hits))
     assert mean <= 0.1 + 3 * se
     assert mean >= 0.1 - 3 * se - 0.01
 
 
+def test_weighted_curves_are_those_of_repeated_pseudo_targets():
+    scores, labels = pairs(7, 10, 15)
+    count = np.array([1, 2, 1, 3, 1, 1, 2, 1, 1, 1])
+    repeated = np.repeat(scores, count, axis=0), np.repeat(labels, count, axis=0)
+    grid, rates = selection.pooled_curve(scores, labels, count.astype(float))
+    called = repeated[0] >= grid[:, None, None]
+    false = called & ~repeated[1]
+    share = (false.sum(2) / np.maximum(called.sum(2), 1)).sum(1)
+    pooled = (3 + false.sum((1, 2))) / called.sum((1, 2))
+    slow = np.minimum(np.maximum(pooled, (3 + share) / (3 + count.sum())), 1)
+    assert np.allclose(rates, np.minimum.accumulate(slow))
+    null = selection._Null.of(scores, labels, count.astype(float))
+    assert np.allclose(null.above(scores[0]), [(repeated[0][~repeated[1]] >= s).sum() for s in scores[0]])
+
+
+def test_weights_hold_the_rate_for_targets_that_are_located_worse_than_pseudo_targets():
+    """Calls are true with the chance that a perturbation is well located: targets of low confidence need the weights."""
+    random = np.random.default_rng(8)
+    rates = {False: [], True: []}
+
+    def draw(confidence):
+        signal = random.random((len(confidence), 60)) < 0.3
+        labels = signal & (random.random((len(confidence), 1)) < confidence[:, None])
+        return labels, signal + random.normal(scale=0.2, size=signal.shape)
+
+    for _ in range(60):
+        pseudo, targets = random.choice([0.5, 0.99], 150, p=[0.1, 0.9]), random.choice([0.5, 0.99], 40, p=[0.6, 0.4])
+        labels, scores = draw(pseudo)
+        truth, found = draw(targets)
+        for weighted, into in rates.items():
+            selector = selection.Scored(np.zeros(1), scores, labels, pseudo).calibrated("pooled", 0.2, targets if weighted else None)
+            called = (selector.q_values(found) <= 0.2) & (targets >= selector.min_confidence)[:, None]
+            into.append((called & ~truth).sum() / max(called.sum(), 1))
+    assert np.mean(rates[False]) > 0.25
+    assert np.mean(rates[True]) <= 0.2 + 2 * np.std(rates[True]) / np.sqrt(60)
+
+
+def test_weights_are_one_where_confidence_is_the_same_and_bounded_where_it_is_not():
+    random = np.random.default_rng(9)
+    assert np.array_equal(selection.confidence_weights(np.full(5, 0.3), np.full(3, 0.3)), np.ones(5))
+    weights = selection.confidence_weights(random.random(200), 0.2 * random.random(50))
+    assert weights.mean() == pytest.approx(1)
+    assert weights.max() / weights.min() <= selection.MAX_WEIGHT**2
+
+
 def test_uninformative_screens_get_no_calls_and_one_class_gives_a_rate():
     x = selection.Features(np.zeros((30, 10, len(selection.PAIR_FEATURES)), np.float32), np.zeros((30, 6), np.float32))
     for labels in (np.zeros((30, 10), bool), np.random.default_rng(0).random((30, 10)) < 0.3):
-        selector = selection.fit_selector(x, labels, np.arange(30) % 5, "pooled", 0.1, 10**6, rng(1, "t"))
+        selector = selection.fit_scores(x, labels, np.arange(30) % 5, 10**6, rng(1, "t")).calibrated("pooled", 0.1)
         assert (selector.q_values(selector.score(x)) > 0.1).all()
 
 

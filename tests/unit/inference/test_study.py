@@ -27,6 +27,7 @@ def test_study_resumes_and_has_its_columns(tmp_path, monkeypatch):
         "fdr",
         "power",
         "power_replicate",
+        "power_ceiling",
     ]
     assert {*wanted, "screens", "coverage_low", "fdr_high", "power_low"} <= set(first.columns)
     assert set(first["screens"]) == {2}
@@ -77,3 +78,14 @@ def test_a_useless_generator_costs_nothing():
         rows = study.screen_rows(screen, InferenceConfig(), 1)
         ratios.append([r["mse_ratio"] for r in rows if r["error_model"] == "estimate:dbdiffusion"][0])
     assert np.mean(ratios) < 1.01
+
+
+def test_best_calls_are_the_most_that_keep_the_rate():
+    random = np.random.default_rng(4)
+    truth = random.random((6, 20)) < 0.3
+    score = np.maximum(random.normal(size=truth.shape) + 2 * truth, 0)
+    best = study.best_calls(score, truth, 0.2)
+    sizes = [c.sum() for cut in np.unique(score[score > 0]) if ((c := score >= cut) & ~truth).sum() <= 0.2 * c.sum()]
+    assert best.sum() == max(sizes)
+    assert (best & ~truth).sum() <= 0.2 * best.sum()
+    assert not study.best_calls(score, np.zeros_like(truth), 0.2).any()

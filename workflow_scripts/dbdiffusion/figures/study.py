@@ -85,10 +85,15 @@ def _looks(rows: list[tuple[str, str, pd.DataFrame]]) -> dict[str, tuple[str, st
     return looks | {name: (greys[i % 3], style.MARKERS[i % len(style.MARKERS)]) for i, name in enumerate(predictors)}
 
 
-def _replicate(ax: Axes, part: pd.DataFrame) -> None:
-    rows = part.dropna(subset=["power_replicate"]).groupby("perturbations", as_index=False)["power_replicate"].mean()
-    if len(rows):
-        ax.plot(rows["perturbations"], rows["power_replicate"], color=style.BLACK, lw=0.8, ls=(0, (4, 2)), zorder=1, label="replicate")
+BOUNDS = {"power_replicate": ("replicate", (0, (4, 2))), "power_ceiling": ("programme's effects known", (0, (1, 1)))}
+"""Lines that power is placed beside: column, name and dash."""
+
+
+def _bounds(ax: Axes, part: pd.DataFrame) -> None:
+    for column, (name, dash) in BOUNDS.items():
+        if column in part:
+            rows = part.dropna(subset=[column]).groupby("perturbations", as_index=False)[column].mean()
+            ax.plot(rows["perturbations"], rows[column], color=style.BLACK, lw=0.8, ls=dash, zorder=1, label=name)
 
 
 def draw_study(*, study: str | Path, png: str | Path, pdf: str | Path, level: float = 0.95, q: float = 0.1) -> None:
@@ -96,7 +101,8 @@ def draw_study(*, study: str | Path, png: str | Path, pdf: str | Path, level: fl
 
     study: parquet with columns COLUMNS and, where it has them, fdr_target and mse_ratio, each with _low and
     _high; colours are error models (black and greys: predictors), dashes are generators. Grey
-    dashes are nominal rates, the black dashed line the replicate's power. Raises UserError when a column is missing.
+    dashes are nominal rates, black ones the power of a replicate and of calls by the targets' programmes, were they known.
+    Raises UserError when a column is missing.
     """
     frame = _read(study)
     level, q = _at(frame, "level", level), _at(frame, "q", q)
@@ -116,7 +122,7 @@ def draw_study(*, study: str | Path, png: str | Path, pdf: str | Path, level: fl
                 part = part[part["difficulty"] == difficulty]
                 _series(ax, part, rate, looks, lines)
                 if rate == "power":
-                    _replicate(ax, part)
+                    _bounds(ax, part)
                 else:
                     at = {"coverage": level, "mse_ratio": 1.0}.get(rate, q)
                     ax.axhline(at, color=style.GREY, lw=0.6, ls=(0, (4, 2)), zorder=1)
@@ -144,5 +150,6 @@ def _legend(fig: Figure, ax: Axes, looks: dict, lines: dict) -> None:
     handles = [ax.plot([], [], color=c, marker=m, ms=3, mew=0, label=style.error_name(k))[0] for k, (c, m) in looks.items()]
     if len(lines) > 1:
         handles += [ax.plot([], [], color=style.DARK, ls=ls, label=f"generator: {g}")[0] for g, ls in lines.items()]
-    handles += ax.plot([], [], color=style.BLACK, lw=0.8, ls=(0, (4, 2)), label="replicate (power)")
+    for name, dash in BOUNDS.values():
+        handles += ax.plot([], [], color=style.BLACK, lw=0.8, ls=dash, label=f"{name} (power)")
     fig.legend(handles=handles, loc="outside lower center", ncols=4)

@@ -28,9 +28,13 @@ from dbdiffusion.runtime.seeds import rng
 MIN_PSEUDO = 3
 """Fewer pseudo-targets of a kind: nothing can be tuned or calibrated for it."""
 MAX_FOLDS = 10
-FACTORS = (0.65, 2.0)
+FACTORS = (0.1, 2.0)
 """Range of the factor that fits intervals to their level."""
-TELLING = 0.2
+TAILS = (1e4, 30.0, 15.0, 10.0, 7.0, 5.0, 4.0, 3.0)
+"""Degrees of freedom that fit the errors' tails, tried from the lightest to the heaviest."""
+TAIL_LEVEL = 0.995
+"""Level at which the tails must hold too."""
+TELLING = 0.5
 """Share of the pairs that tell it: those with the largest model variance beside the observation's sampling variance."""
 CHUNK = 4_000_000
 """Pairs of target and gene handled at once."""
@@ -231,7 +235,8 @@ class Model:
     weights: of the variates; prior (G,), prior_left (H, G): mean square of standardised errors, moderated; local_scale,
     local_df: scaled F of local variances against the prior; df_prior: its own degrees of freedom; scale (G,),
     scale_left (H, G): what the errors' normal scores ask the variance to be multiplied with; own (G,): typical sampling
-    variance of an observed mean; calibrated: whether pseudo-targets of this kind stand behind it.
+    variance of an observed mean; calibrated: whether pseudo-targets of this kind stand behind it; df_tail: largest
+    degrees of freedom that the errors' tails allow.
     """
 
     variates: tuple[Variate, ...]
@@ -245,6 +250,7 @@ class Model:
     scale_left: np.ndarray
     own: np.ndarray
     calibrated: bool
+    df_tail: float = variance.MAX_DF
 
 
 @dataclass(frozen=True)
@@ -338,7 +344,7 @@ def estimate(model: Model, screen: Screen, queries: Queries, role: str, folds: n
         tau2[rows] = scale * share * total
     out = tau2 * (1 + queries.sum_sq)[:, None] + sampling + noise
     df = min(model.local_df, model.df_prior) + queries.local_df
-    return Estimate(effect, out, sampling + noise, noise, np.minimum(df, variance.MAX_DF), weight)
+    return Estimate(effect, out, sampling + noise, noise, np.minimum(df, model.df_tail), weight)
 
 
 def _fold_means(values: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -410,27 +416,36 @@ def fit(screen: Screen, pseudo: Pseudo, variates: tuple[Variate, ...], weight: f
     scores = normal_scores(error, estimate(model, screen, queries, "pseudo", folds), pseudo.sampling)
     scale, scale_left, _ = _moderated(scores**2, folds)
     model = replace(model, scale=scale, scale_left=scale_left)
-    factor = level_factor(error, estimate(model, screen, queries, "pseudo", folds), pseudo.sampling, level)
-    return replace(model, scale=factor * scale, scale_left=factor * scale_left)
+    factor, df_tail = fit_tails(error, estimate(model, screen, queries, "pseudo", folds), pseudo.sampling, level)
+    return replace(model, scale=factor * scale, scale_left=factor * scale_left, df_tail=df_tail)
 
 
-def level_factor(error: np.ndarray, found: Estimate, sampling: np.ndarray, level: float) -> float:
-    """Factor on tau^2 with which the t intervals of `level` hold that share of the pseudo-targets' errors.
+def fit_tails(error: np.ndarray, found: Estimate, sampling: np.ndarray, level: float) -> tuple[float, float]:
+    """Factor on tau^2 and largest degrees of freedom with which t intervals hold their share of the pseudo-targets' errors, at
+    `level` and in the tails (TAIL_LEVEL).
 
     Errors have heavier tails than t (most perturbations leave a gene alone, some change it much): intervals of unit scale
-    would be too wide at the usual levels. Sampling variances are known and not scaled; only the pairs in which they weigh
-    least tell about tau^2.
+    would be too wide at the usual levels, and p far below 1 - level too small. Sampling variances are known and not scaled;
+    only the pairs in which they weigh least tell about tau^2.
     """
     tau = found.variance - found.known
     rest = found.known + sampling
     share = np.divide(tau, tau + rest, out=np.zeros_like(error), where=tau > 0)
     used = (share > 0) & (share >= np.quantile(share, 1 - TELLING))
+    if not used.any():
+        return 1.0, variance.MAX_DF
     square, tau, rest = (error**2)[used], tau[used], rest[used]
-    cut = np.broadcast_to(ttest.quantile(level, found.df)[:, None] ** 2, error.shape)[used]
-    grid = np.geomspace(*FACTORS, 41)
-    covered = np.array([(square <= cut * (f * tau + rest)).mean() for f in grid]) if len(square) else np.ones(41)
-    enough = np.flatnonzero(covered >= level)
-    return float(grid[enough[0]]) if len(enough) else float(grid[-1])
+    df = np.broadcast_to(found.df[:, None], error.shape)[used]
+    grid = np.geomspace(*FACTORS, 61)
+    for tail in TAILS:
+        cut = ttest.quantile(level, np.minimum(df, tail)) ** 2
+        covered = np.array([(square <= cut * (f * tau + rest)).mean() for f in grid])
+        enough = np.flatnonzero(covered >= level)
+        factor = float(grid[enough[0]]) if len(enough) else float(grid[-1])
+        far = ttest.quantile(max(level, TAIL_LEVEL), np.minimum(df, tail)) ** 2
+        if (square <= far * (factor * tau + rest)).mean() >= max(level, TAIL_LEVEL):
+            break
+    return factor, tail
 
 
 def normal_scores(error: np.ndarray, found: Estimate, sampling: np.ndarray) -> np.ndarray:

@@ -30,7 +30,9 @@ EVIDENCE = 5
 TARGET_FEATURES = ("neighbour_strength", "predicted_strength", "coherence", "largest_weight", "confidence", "k_eff")
 """What is known of a target: how far its evidence can be believed."""
 PENALTY = 10.0
-"""Ridge penalty of the score on standardised terms."""
+"""Ridge penalty of the free score on standardised terms, and, per pair that a pseudo-target gives, of the shrunk one."""
+PLAIN = PAIR_FEATURES.index("expected_z")
+"""The term that the shrunk score keeps free: the predicted effect in standard errors of an experiment."""
 FIT_PAIRS = 40000
 """About so many pairs fit a score; all of them calibrate it."""
 SCORE_FOLDS = 5
@@ -118,18 +120,40 @@ LEVELS = np.geomspace(0.001, 1.0, 200)
 
 
 @dataclass(frozen=True)
+class _Null:
+    """Calibration pairs with Y = 0: scores, ascending, and the summed weight of each and all above it."""
+
+    scores: np.ndarray
+    weight_above: np.ndarray
+
+    @classmethod
+    def of(cls, scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> _Null:
+        """scores, labels (K, G), weights (K,)."""
+        flat = scores[~labels]
+        order = np.argsort(flat, kind="stable")
+        mass = np.broadcast_to(weights[:, None], scores.shape)[~labels][order]
+        return cls(flat[order], np.append(np.cumsum(mass[::-1])[::-1], 0.0))
+
+    def above(self, scores: np.ndarray) -> np.ndarray:
+        """Weight of the pairs with a score as high."""
+        return self.weight_above[np.searchsorted(self.scores, scores, side="left")]
+
+
+@dataclass(frozen=True)
 class Selector:
     """Scores and their calibration on pseudo-targets.
 
-    coefficients (1 + F + T + EVIDENCE T,): log odds of Y, intercept first; null: sorted out-of-fold scores of the calibration
-    pairs with Y = 0; pairs: all calibration pairs; unit: `pooled` or `target`; curve: thresholds (of the score, or of the
-    target's Benjamini-Hochberg q) and the nominal rate at which they are allowed; min_confidence: of targets with calls.
+    coefficients (1 + F + T + EVIDENCE T,): log odds of Y, intercept first; min_confidence: of targets with calls; null: out-of-fold
+    scores of the calibration pairs with Y = 0; extra, pairs: weight of the target's own pair and of all calibration pairs;
+    unit: `pooled` or `target`; curve: thresholds (of the score, or of the target's Benjamini-Hochberg q) and the nominal rate
+    at which they are allowed.
     """
 
     coefficients: np.ndarray
     min_confidence: float
-    null: np.ndarray
-    pairs: int
+    null: _Null
+    extra: float
+    pairs: float
     unit: str
     curve: tuple[np.ndarray, np.ndarray]
 
@@ -138,9 +162,8 @@ class Selector:
         return score(self.coefficients, x)
 
     def p_values(self, scores: np.ndarray) -> np.ndarray:
-        """Conformal p of `Y = 0`: (1 + calibration pairs with Y = 0 and a score as high) / (1 + calibration pairs)."""
-        above = len(self.null) - np.searchsorted(self.null, scores, side="left")
-        return (1.0 + above) / (1.0 + self.pairs)
+        """Conformal p of `Y = 0`: (1 + calibration pairs with Y = 0 and a score as high) / (1 + calibration pairs), weighted."""
+        return np.minimum((self.extra + self.null.above(scores)) / (self.extra + self.pairs), 1.0)
 
     def q_values(self, scores: np.ndarray) -> np.ndarray:
         """The smallest nominal rate at which each pair (R, G) is called; the better the score, the smaller."""
@@ -152,31 +175,53 @@ class Selector:
         return np.where(at < len(grid), q[np.minimum(at, len(grid) - 1)], 1.0)
 
 
-def pooled_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+MAX_WEIGHT = 5.0
+"""Largest weight of a pseudo-target, and one over the smallest."""
+
+
+def confidence_weights(pseudo: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Weights (K,) that make pseudo-targets as confidently located as the targets (T,) are; their mean is 1.
+
+    The odds that a perturbation of that confidence is a target, from a logistic regression with ridge penalty: the density
+    ratio of weighted conformal prediction (Tibshirani et al. 2019), for targets that were not drawn as the measured perturbations were.
+    """
+    everyone = np.concatenate([pseudo, targets])
+    width = everyone.std()
+    if width < 1e-9 or not len(targets):
+        return np.ones(len(pseudo))
+    z = (everyone - everyone.mean()) / width
+    beta = ridge_logistic(z[:, None], np.arange(len(z)) >= len(pseudo), np.ones(1))
+    weights = np.exp(beta[1] * z[: len(pseudo)])
+    weights = np.clip(weights / weights.mean(), 1 / MAX_WEIGHT, MAX_WEIGHT)
+    return weights / weights.mean()
+
+
+def pooled_curve(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Thresholds (ascending) and the false discovery rate of `call all pairs with a score at least that`.
 
-    The larger of two estimates from the K pseudo-targets (rows), each with one error more than was seen:
-    pooled, (1 + false calls) / calls: conformal p-values with Benjamini-Hochberg over a population of targets;
-    per target, (1 + sum of false discovery proportions) / (1 + K): the conformal risk control bound (Angelopoulos et
+    The larger of two estimates from the K pseudo-targets (rows, with weights w), each with one error more than was seen:
+    pooled, (1 + sum w false calls) / (sum w calls): conformal p-values with Benjamini-Hochberg over a population of targets;
+    per target, (1 + sum w false discovery proportions) / (1 + sum w): the conformal risk control bound (Angelopoulos et
     al. 2024), for which the perturbation is the unit and dependence between its genes does not matter.
     Each threshold has the least rate among itself and looser ones, as in the step-up procedure.
     """
-    n_targets, n_genes = scores.shape
+    n_genes = scores.shape[1]
     flat = scores.ravel()
     order = np.argsort(-flat, kind="stable")
-    false = ~labels.ravel()[order]
-    pooled = (1.0 + np.cumsum(false)) / np.arange(1, len(order) + 1)
-    per_target = (1.0 + _running_fdp(order // n_genes, false, n_targets)) / (1.0 + n_targets)
+    false, owner = ~labels.ravel()[order], order // n_genes
+    most = weights.max()
+    pooled = (most + np.cumsum(weights[owner] * false)) / np.cumsum(weights[owner])
+    per_target = (most + _running_fdp(owner, false, weights)) / (most + weights.sum())
     rate = np.minimum(np.maximum(pooled, per_target), 1.0)
     ends = np.append(flat[order][1:] < flat[order][:-1], True)
     q = np.minimum.accumulate(rate[ends][::-1])
     return flat[order][ends][::-1], q
 
 
-def _running_fdp(owner: np.ndarray, false: np.ndarray, n_targets: int) -> np.ndarray:
-    """Sum over targets of false / called after each pair, pairs in the order of calling; owner: target of a pair."""
+def _running_fdp(owner: np.ndarray, false: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Weighted sum over targets of false / called after each pair, pairs in the order of calling; owner: target of a pair."""
     by_target = np.argsort(owner, kind="stable")
-    count = np.bincount(owner, minlength=n_targets)
+    count = np.bincount(owner, minlength=len(weights))
     first = np.repeat(np.cumsum(count) - count, count)
     total = np.cumsum(false[by_target])
     before = np.where(first > 0, total[first - 1], 0)
@@ -187,27 +232,28 @@ def _running_fdp(owner: np.ndarray, false: np.ndarray, n_targets: int) -> np.nda
     change[starts] = fdp[starts]
     out = np.empty(len(owner))
     out[by_target] = change
-    return np.cumsum(out)
+    return np.cumsum(weights[owner] * out)
 
 
-def target_curve(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def target_curve(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Levels of Benjamini-Hochberg within a target (ascending) and the mean false discovery proportion they give.
 
-    Conformal p of each pseudo-target from the other ones; (1 + sum of false discovery proportions) / (1 + K), at the worst
-    level not above: conformal risk control with the perturbation as unit.
+    Conformal p of each pseudo-target from the other ones, all with weights (K,); (1 + sum w false discovery proportions) /
+    (1 + sum w), at the worst level not above: conformal risk control with the perturbation as unit.
     """
     n_targets, n_genes = scores.shape
-    null = np.sort(scores[~labels])
-    above = len(null) - np.searchsorted(null, scores, side="left")
+    most, null = weights.max(), _Null.of(scores, labels, weights)
+    p = np.empty(scores.shape)
     for k in range(n_targets):
         own = np.sort(scores[k][~labels[k]])
-        above[k] -= len(own) - np.searchsorted(own, scores[k], side="left")
-    adjusted = benjamini_hochberg((1.0 + above) / (1.0 + (n_targets - 1) * n_genes))
+        above = null.above(scores[k]) - weights[k] * (len(own) - np.searchsorted(own, scores[k], side="left"))
+        p[k] = (most + np.maximum(above, 0.0)) / (most + (weights.sum() - weights[k]) * n_genes)
+    adjusted = benjamini_hochberg(np.minimum(p, 1.0))
     rate = np.empty(len(LEVELS))
     for i, level in enumerate(LEVELS):
         called = adjusted <= level
         false = (called & ~labels).sum(1) / np.maximum(called.sum(1), 1)
-        rate[i] = (1.0 + false.sum()) / (1.0 + n_targets)
+        rate[i] = (most + weights @ false) / (most + weights.sum())
     return LEVELS, np.minimum(np.maximum.accumulate(rate), 1.0)
 
 
@@ -221,8 +267,14 @@ def score(coefficients: np.ndarray, x: Features) -> np.ndarray:
     return np.einsum("rgf,rf->rg", x.pair, slopes.astype(np.float32)) + level[:, None]
 
 
-def _logistic(x: Features, labels: np.ndarray) -> np.ndarray:
-    """Intercept and coefficients of the log odds; the rate alone where there is one class. Ridge penalty on standardised terms."""
+def _log_odds(x: Features, labels: np.ndarray) -> np.ndarray:
+    """Intercept and coefficients of the log odds of labels (K, G); the rate alone where there is one class.
+
+    The mean of two ridge fits on standardised terms. In the first all pairs count as independent; with many pseudo-targets
+    it is the better one. In the second only pseudo-targets do: the penalty grows with the pairs that each of them gives, but
+    for the predicted effect itself, to which the score then shrinks; with few pseudo-targets the free fit learns these few
+    by heart.
+    """
     terms = x.expanded()
     terms, y = terms.reshape(-1, terms.shape[-1]), labels.ravel()
     if y.all() or not y.any():
@@ -230,16 +282,20 @@ def _logistic(x: Features, labels: np.ndarray) -> np.ndarray:
         return np.append(np.log(rate / (1 - rate)), np.zeros(terms.shape[1]))
     centre, width = terms.mean(0), terms.std(0)
     width = np.where(width > 1e-6, width, np.inf)
-    beta = ridge_logistic((terms - centre) / width, y)
+    free = np.full(terms.shape[1], PENALTY)
+    shrunk = free * labels.shape[1]
+    shrunk[PLAIN] = PENALTY
+    terms = (terms - centre) / width
+    beta = (ridge_logistic(terms, y, free) + ridge_logistic(terms, y, shrunk)) / 2
     slope = beta[1:] / width
     return np.append(beta[0] - slope @ centre, slope)
 
 
-def ridge_logistic(x: np.ndarray, y: np.ndarray, penalty: float = PENALTY) -> np.ndarray:
-    """Intercept and slopes (1 + F,) that minimise the logistic loss of y (N,) on x (N, F) plus penalty / 2 times the squared
-    slopes, by Newton steps, halved where the loss would grow."""
+def ridge_logistic(x: np.ndarray, y: np.ndarray, penalty: np.ndarray) -> np.ndarray:
+    """Intercept and slopes (1 + F,) that minimise the logistic loss of y (N,) on x (N, F) plus half the penalties (F,) times the
+    squared slopes, by Newton steps, halved where the loss would grow."""
     design = np.column_stack([np.ones(len(x)), x]).astype(float)
-    ridge = np.append(0.0, np.full(x.shape[1], penalty))
+    ridge = np.append(0.0, penalty)
     sign = np.where(y, -1.0, 1.0)
 
     def loss(beta: np.ndarray) -> float:
@@ -264,14 +320,36 @@ def ridge_logistic(x: np.ndarray, y: np.ndarray, penalty: float = PENALTY) -> np
     return beta
 
 
-def fit_selector(
-    x: Features, labels: np.ndarray, folds: np.ndarray, unit: str, q: float, pairs: int, random: np.random.Generator
-) -> Selector:
-    """Fit scores on the features and labels (K, G) of pseudo-targets, out of fold, and calibrate them.
+@dataclass(frozen=True)
+class Scored:
+    """Pseudo-targets scored out of fold: coefficients of the score of targets; scores and labels (K, G), location confidence (K,)."""
 
-    Scores of pseudo-targets come from a fit without their fold; those of targets from the mean of the fits. Where
-    pseudo-targets of low location confidence hold (almost) none of the true calls at rate q, they are left out and targets as
-    uncertain get no calls. pairs: at most so many pairs, the same genes for every pseudo-target.
+    coefficients: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    confidence: np.ndarray
+
+    def calibrated(self, unit: str, q: float, targets: np.ndarray | None = None) -> Selector:
+        """The selector that aims to hold q; unit: `pooled` or `target`; targets: location confidence (T,) of the targets where
+        they were not drawn as the pseudo-targets were, which are then weighted.
+
+        Where pseudo-targets of low location confidence hold (almost) none of the true calls at rate q, they are left out and
+        targets as uncertain get no calls.
+        """
+        kept = _confident(self.scores, self.labels, self.confidence, q)
+        scores, labels = self.scores[kept], self.labels[kept]
+        least = float(self.confidence[kept].min()) if not kept.all() else -np.inf
+        weights = np.ones(len(scores)) if targets is None else confidence_weights(self.confidence[kept], targets[targets >= least])
+        curve = (pooled_curve if unit == "pooled" else target_curve)(scores, labels, weights)
+        null = _Null.of(scores, labels, weights)
+        return Selector(self.coefficients, least, null, weights.max(), weights.sum() * scores.shape[1], unit, curve)
+
+
+def fit_scores(x: Features, labels: np.ndarray, folds: np.ndarray, pairs: int, random: np.random.Generator) -> Scored:
+    """Fit scores on the features and labels (K, G) of pseudo-targets, out of fold.
+
+    Scores of pseudo-targets come from a fit without their fold; those of targets from the mean of the fits. pairs: at most
+    so many pairs, the same genes for every pseudo-target.
     """
     n_targets, n_genes = labels.shape
     per_target = max(1, min(n_genes, pairs // n_targets))
@@ -285,13 +363,9 @@ def fit_selector(
         out = np.flatnonzero(folds == h)
         rest = np.flatnonzero(folds != h)
         thin = np.arange(0, labels.shape[1], max(1, len(rest) * labels.shape[1] // FIT_PAIRS))
-        every.append(_logistic(Features(x.pair[np.ix_(rest, thin)], x.target[rest]), labels[np.ix_(rest, thin)]))
+        every.append(_log_odds(Features(x.pair[np.ix_(rest, thin)], x.target[rest]), labels[np.ix_(rest, thin)]))
         scores[out] = score(every[-1], x.rows(out))
-    curve_of = pooled_curve if unit == "pooled" else target_curve
-    kept = _confident(scores, labels, x.target[:, TARGET_FEATURES.index("confidence")], q)
-    used = scores[kept], labels[kept]
-    confidence = x.target[kept, TARGET_FEATURES.index("confidence")].min() if not kept.all() else -np.inf
-    return Selector(np.mean(every, axis=0), float(confidence), np.sort(used[0][~used[1]]), used[1].size, unit, curve_of(*used))
+    return Scored(np.mean(every, axis=0), scores, labels, x.target[:, TARGET_FEATURES.index("confidence")])
 
 
 def _confident(scores: np.ndarray, labels: np.ndarray, confidence: np.ndarray, q: float) -> np.ndarray:
@@ -300,7 +374,7 @@ def _confident(scores: np.ndarray, labels: np.ndarray, confidence: np.ndarray, q
     Calls are those at rate q with everyone in, so that no threshold is chosen for the calls it would give.
     """
     everyone = np.ones(len(scores), dtype=bool)
-    grid, rates = pooled_curve(scores, labels)
+    grid, rates = pooled_curve(scores, labels, np.ones(len(scores)))
     allowed = np.flatnonzero(rates <= q)
     if len(scores) < MIN_ABSTAIN or not len(allowed):
         return everyone

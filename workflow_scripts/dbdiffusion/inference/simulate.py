@@ -22,14 +22,16 @@ CONTROL_CELLS = 2000
 @dataclass(frozen=True)
 class Simulated:
     """A screen: what inference may see (effects, locations, means), and of the targets (T, G) the true effects and two
-    experiments (A, B) of the same size; outside: (T,) targets with a programme of their own (so is one
-    training perturbation in ten)."""
+    experiments (A, B) of the same size; shared: (T, G) the typical effects of their programmes, which is all that other
+    perturbations can tell of them (0 outside); outside: (T,) targets with a programme of their own (so is one training
+    perturbation in ten)."""
 
     effects: EffectSet
     locations: LocationSet
     means: dict[str, MeanSet]
     targets: pd.Index
     truth: np.ndarray
+    shared: np.ndarray
     experiments: tuple[EffectSet, EffectSet]
     outside: np.ndarray
 
@@ -141,4 +143,5 @@ def simulate(
         "dbdiffusion": MeanSet(names, roles, gene_names, generated, zero + 1e-6),
         "neighbour_mean": MeanSet(names, roles, gene_names, mean_of, zero),
     }
-    return Simulated(effects, locations, means, names[held], truth[held], halves, outside[held])
+    shared = np.where(outside[held, None], 0.0, programmes[member[held]]) * (0.0 if null else 1.0)
+    return Simulated(effects, locations, means, names[held], truth[held], shared, halves, outside[held])

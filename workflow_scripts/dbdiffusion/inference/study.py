@@ -36,7 +36,19 @@ ERROR_MODELS = ("t", "conformal", "cells_only", "conservative", "ppi_z")
 CELL = ["difficulty", "perturbations", "generator"]
 CHUNK = 5
 """Screens of one cell that are run, and saved, together."""
-MEASURES = ("coverage", "coverage_outside", "width", "fdr", "fdr_target", "fdr_outside", "power", "power_replicate", "calls", "mse_ratio")
+MEASURES = (
+    "coverage",
+    "coverage_outside",
+    "width",
+    "fdr",
+    "fdr_target",
+    "fdr_outside",
+    "power",
+    "power_replicate",
+    "power_ceiling",
+    "calls",
+    "mse_ratio",
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,9 @@ def screen_rows(screen: Simulated, config: InferenceConfig, seed: int) -> list[d
     outside every programme; width: its mean width. Calls are judged by experiment B of each target (same size as the screen's
     others): fdr: false among all calls on the screen's targets (0 without calls), fdr_target: mean over targets of the
     false share of their calls, fdr_outside: fdr_target of targets outside every programme; power: share of B's calls found,
-    power_replicate: by experiment A at the same rate. mse_ratio (method rows): mean squared error over that of the neighbour mean.
+    power_replicate: by experiment A at the same rate; power_ceiling: by the typical effects of the targets' programmes, if they
+    were known, cut where the false share is q in truth: what no location can exceed where the generator knows nothing.
+    mse_ratio (method rows): mean squared error over that of the neighbour mean.
     """
     inference = table.infer(screen.effects, screen.locations, screen.means, config, seed, select=False)
     queries = Queries.of(inference.screen, screen.locations.select(screen.targets))
@@ -96,9 +110,11 @@ def _call_rows(screen: Simulated, inference: table.Inference, queries: Queries, 
     one, two = screen.experiments
     truth = ttest.de_labels(two.effect, two.se, two.n_cells, fdr)
     by_test = {}
+    scored = table.score_pseudo_targets(inference, table.STACKED, seed)
+    ideal = np.abs(screen.shared) / np.median(inference.screen.effects.se, axis=0)
     for unit, name in (("pooled", "selection"), ("target", "selection_target")):
-        variant = replace(inference, config=inference.config.model_copy(update={"fdr": unit}), selectors={})
-        variant.selectors[table.STACKED] = table.fit_selectors(variant, table.STACKED, seed)
+        selectors = {kind: s.calibrated(unit, inference.config.q) for kind, s in scored.items()}
+        variant = replace(inference, selectors={table.STACKED: selectors})
         result = table.predict(variant, table.STACKED, queries, "single")
         silent = (result.reason != "")[:, None]
         by_test[name] = np.where(silent, 1.0, result.columns["q_selection"])
@@ -106,7 +122,19 @@ def _call_rows(screen: Simulated, inference: table.Inference, queries: Queries, 
     for q in RATES:
         replicate = ttest.de_labels(one.effect, one.se, one.n_cells, q)
         for test, values in by_test.items():
-            yield {"error_model": test, "q": q, **_judged(values <= q, truth, screen.outside), "power_replicate": _power(replicate, truth)}
+            powers = {"power_replicate": _power(replicate, truth), "power_ceiling": _power(best_calls(ideal, truth, q), truth)}
+            yield {"error_model": test, "q": q, **_judged(values <= q, truth, screen.outside), **powers}
+
+
+def best_calls(score: np.ndarray, truth: np.ndarray, q: float) -> np.ndarray:
+    """The most calls (R, G) in the order of a score whose false share is at most q; nothing is called where the score is 0."""
+    order = np.argsort(-score, axis=None, kind="stable")
+    order = order[score.ravel()[order] > 0]
+    share = np.cumsum(~truth.ravel()[order]) / np.arange(1, len(order) + 1)
+    allowed = np.flatnonzero(share <= q)
+    called = np.zeros(truth.shape, dtype=bool)
+    called.ravel()[order[: allowed[-1] + 1 if len(allowed) else 0]] = True
+    return called
 
 
 def _power(called: np.ndarray, truth: np.ndarray) -> float:

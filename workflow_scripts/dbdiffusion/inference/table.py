@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from dbdiffusion.config.inference import InferenceConfig
+from dbdiffusion.config.splits import ALL
 from dbdiffusion.data.sets import EffectSet, LocationSet, MeanSet
 from dbdiffusion.inference import conformal, debias, published, selection, ttest
 from dbdiffusion.inference.debias import Estimate, Predictor, Pseudo, Queries, Screen, Variate
@@ -81,11 +82,20 @@ class Crossfit:
 
 
 def infer(
-    effects: EffectSet, locations: LocationSet, means: Mapping[str, MeanSet], config: InferenceConfig, seed: int, select: bool = True
+    effects: EffectSet,
+    locations: LocationSet,
+    means: Mapping[str, MeanSet],
+    config: InferenceConfig,
+    seed: int,
+    *,
+    select: bool = True,
+    drawn: bool = True,
 ) -> Inference:
     """Learn weights, variances and scores from the pseudo-targets of a fold, for every method and for the stack.
 
-    effects: training perturbations; locations: targets and pseudo-targets over them; means: predictions by method.
+    effects: training perturbations; locations: targets and pseudo-targets over them; means: predictions by method; select: whether to
+    fit conformal selection; drawn: whether the targets were drawn from the perturbations as the pseudo-targets were. If somebody
+    chose them, pseudo-targets are weighted to be located with the targets' confidence.
     """
     screen = Screen.of(effects, config.de_fdr)
     kinds = sorted(set(locations.info["kind"]), reverse=True)
@@ -102,13 +112,24 @@ def infer(
     inference = Inference(screen, locations, pseudo, predictors, variates, models, {}, config)
     if select and config.calls == "selection":
         for method in [m for m in SELECTED if m in variates]:
-            inference.selectors[method] = fit_selectors(inference, method, seed)
+            inference.selectors[method] = fit_selectors(inference, method, seed, drawn)
     return inference
 
 
-def fit_selectors(inference: Inference, method: str, seed: int) -> dict[str, selection.Selector]:
-    """Conformal selection for every kind of query that has pseudo-targets, by kind."""
-    out, config = {}, inference.config
+def fit_selectors(inference: Inference, method: str, seed: int, drawn: bool = True) -> dict[str, selection.Selector]:
+    """Conformal selection for every kind of query that has pseudo-targets, by kind; drawn: as in `infer`."""
+    config, info = inference.config, inference.locations.info
+    out = {}
+    for kind, scored in score_pseudo_targets(inference, method, seed).items():
+        of_kind = (info["role"] == "target") & (info["status"] == "located") & (info["kind"] == kind)
+        confidence = info.loc[of_kind, "confidence"].to_numpy(dtype=np.float32)
+        out[kind] = scored.calibrated(config.fdr, config.q, None if drawn else confidence)
+    return out
+
+
+def score_pseudo_targets(inference: Inference, method: str, seed: int) -> dict[str, selection.Scored]:
+    """Pseudo-targets scored out of fold, by kind of query."""
+    out = {}
     for kind, model in inference.models[method].items():
         pseudo = inference.pseudo[kind]
         if not model.calibrated or int(pseudo.folds.max()) == 0:
@@ -116,9 +137,9 @@ def fit_selectors(inference: Inference, method: str, seed: int) -> dict[str, sel
         found = cross_predictions(inference, method, kind).estimate
         views = inference.views(method, pseudo.queries, "pseudo")
         x = selection.features(inference.screen, pseudo.queries, found, views, pseudo.at)
-        labels = inference.screen.labels[pseudo.at]
         random = rng(seed, "inference", "selection", method, kind)
-        out[kind] = selection.fit_selector(x, labels, pseudo.folds, config.fdr, config.q, config.max_calibration_pairs, random)
+        labels = inference.screen.labels[pseudo.at]
+        out[kind] = selection.fit_scores(x, labels, pseudo.folds, inference.config.max_calibration_pairs, random)
     return out
 
 
@@ -289,7 +310,7 @@ def write_de(
         raise UserError(
             "no target among the queries", where=str(locations), fix="hold out perturbations (splits) or name some under run.targets"
         )
-    inference = infer(measured, located, predicted, config, seed)
+    inference = infer(measured, located, predicted, config, seed, drawn=fold != ALL)
     tables = [
         frame(inference, method, result, fold, seed) for method in inference.methods for result in results(inference, method, targets)
     ]
