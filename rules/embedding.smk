@@ -19,7 +19,7 @@ rule effects:
         mem_mb=memory(3000),
         runtime=minutes(30),
     params:
-        config=block("panel"),
+        config=panel_block,
         code=code("effects.py"),
     script:
         "../workflow_scripts/effects.py"
@@ -35,6 +35,7 @@ rule locate:
         locations="results/{dataset}/seed{seed}/fold{fold}/locations.parquet",
         clusters="results/{dataset}/seed{seed}/fold{fold}/clusters.parquet",
         gene_features="results/{dataset}/seed{seed}/fold{fold}/gene_features.parquet",
+        gene_names="results/{dataset}/seed{seed}/fold{fold}/gene_names.parquet",
     log:
         "<logs>/{dataset}/seed{seed}/fold{fold}/locate.log",
     benchmark:
@@ -51,6 +52,29 @@ rule locate:
         code=code("locate.py"),
     script:
         "../workflow_scripts/locate.py"
+
+
+rule enrichment:
+    input:
+        clusters="results/{dataset}/seed{seed}/fold{fold}/clusters.parquet",
+        features=feature_files,
+    output:
+        enrichment="results/{dataset}/seed{seed}/fold{fold}/enrichment.parquet",
+    log:
+        "<logs>/{dataset}/seed{seed}/fold{fold}/enrichment.log",
+    benchmark:
+        "<benchmarks>/{dataset}/seed{seed}/fold{fold}/enrichment.tsv"
+    conda:
+        "../envs/data.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(2000),
+        runtime=minutes(20),
+    params:
+        dataset=dataset_block,
+        code=code("enrichment.py"),
+    script:
+        "../workflow_scripts/enrichment.py"
 
 
 rule embedding:

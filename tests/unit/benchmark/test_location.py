@@ -15,6 +15,7 @@ from dbdiffusion.benchmark.location import (
     IN_USE,
     Group,
     compare,
+    coverage_above,
     families,
     reliability,
     summarise,
@@ -106,6 +107,7 @@ def located(screen, tmp_path_factory):
         locations=at.locations,
         out_clusters=at.clusters,
         gene_features=at.gene_features,
+        gene_names=folder / "gene_names.parquet",
     )
     at.table = write(screen, folder / "quality.parquet", at)
     return at
@@ -192,7 +194,7 @@ def test_true_clusters_know_the_held_out(screen, located):
 
 def quality(n: int, **columns) -> pd.DataFrame:
     base = {"seed": 1, "fold": "0", "role": "pseudo", "query": [f"G{i}" for i in range(n)], "locator": IN_USE, "features": "given"}
-    values = {"located": 1.0, "error": 1.0, "baseline": 2.0, "purity": 0.5, "purity_random": 0.1, "confidence": 0.5}
+    values = {"located": 1.0, "error": 1.0, "baseline": 2.0, "purity": 0.5, "purity_random": 0.1, "confidence": 0.5, "coverage": 0.9}
     return pd.DataFrame({**base, **values, **columns}, index=range(n))
 
 
@@ -228,3 +230,33 @@ def test_reliability_bins_are_half_open():
     np.testing.assert_allclose(curve.loc[0, ["low", "high"]].astype(float), [interval.low, interval.high])
     assert reliability(quality(2, locator=COMBINATIONS, role=["target", "pseudo"]))["group"].tolist() == ["combinations"]
     assert reliability(table.iloc[:0]).empty
+
+
+def test_coverage_above_a_threshold():
+    table = pd.concat(
+        [
+            quality(30, confidence=np.repeat([0.1, 0.5, 0.9], 10), coverage=np.repeat([0.4, 0.9, 1.0], 10) + np.tile([-0.001, 0.001], 15)),
+            quality(4, role="target", confidence=0.3, coverage=[0.8, 0.9, 1.0, np.nan]),
+        ]
+    )
+    found, threshold = coverage_above(table, 0.9)
+    pseudo = found[found["role"] == "pseudo"].set_index("confidence")
+    np.testing.assert_allclose(pseudo["coverage"], [2.3 / 3, 0.95, 1.0])
+    np.testing.assert_allclose(pseudo["share"], [1, 2 / 3, 1 / 3])
+    assert threshold == 0.5
+    target = found[found["role"] == "target"].iloc[0]
+    assert (target["n"], target["coverage"]) == (3, pytest.approx(0.9))
+    empty, nothing = coverage_above(table.iloc[:0], 0.9)
+    assert empty.empty and np.isnan(nothing)
+
+
+def test_reliability_shows_the_error_by_confidence():
+    table = quality(4, confidence=[0.1, 0.15, 0.9, 0.95], error=[2.0, 4.0, 0.5, 1.5])
+    np.testing.assert_allclose(reliability(table)["error"], [6 / 4, 2 / 4])
+
+
+def test_coverage_is_that_of_the_located_neighbours(screen, located):
+    table = located.table
+    used = table[(table["locator"] == IN_USE) & (table["features"] == "given") & (table["located"] == 1)]
+    assert used["coverage"].between(0, 1).all()
+    assert table.loc[(table["locator"] != IN_USE) | (table["features"] != "given"), "coverage"].isna().all()

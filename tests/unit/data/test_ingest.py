@@ -60,6 +60,34 @@ def fails(path, kind="h5ad", **config):
     return str(error.value)
 
 
+# --- modality ----------------------------------------------------------------------------------------------------------
+
+MODALITY = ["", "CRISPRi", "CRISPRi", "CRISPRi", "CRISPRa", "", "CRISPRa", "CRISPRa"]
+
+
+def test_cells_of_one_modality_and_the_controls_of_all(tmp_path):
+    path = write(tmp_path, screen(modality=MODALITY))
+    columns = {"modality": "modality"}
+    low, high = (read(path, columns=columns, modality=m) for m in ("CRISPRi", "CRISPRa"))
+    # Control cell0 has no modality and belongs to both; control cell4 was infected for CRISPRa alone.
+    assert list(low.obs["perturbation"]) == ["control", "STAT1", "STAT2", "STAT1+STAT2"]
+    assert list(high.obs["perturbation"]) == ["control", "control", "JAK2"]
+    assert report(low)["modality"] == "CRISPRi"
+    assert report(low)["cells_by_modality"] == {"none": 1, "CRISPRi": 3, "CRISPRa": 2}
+    assert "modality" not in report(read(path))
+
+
+def test_opposite_modalities_are_not_averaged(tmp_path):
+    path = write(tmp_path, screen(modality=MODALITY))
+    columns = {"modality": "modality"}
+    assert "several modalities (CRISPRa, CRISPRi)" in fails(path, columns=columns)
+    assert "did you mean" in fails(path, columns=columns, modality="CRISPRj")
+    assert "no column" in fails(path, modality="CRISPRi")
+    assert "have no modality" in fails(write(tmp_path, screen(modality=["a", *[""] * 7]), "gaps.h5ad"), columns=columns)
+    one = read(write(tmp_path, screen(modality="knockout"), "one.h5ad"), columns=columns)
+    assert report(one)["modality"] == "knockout"
+
+
 # --- layout ------------------------------------------------------------------------------------------------------------
 
 

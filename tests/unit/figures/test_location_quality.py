@@ -28,8 +28,19 @@ def write_table(
                 frame["error"] = frame["baseline"] * (0.7 if features == "given" else 1.05) * random.gamma(9, 1 / 9, n)
                 frame["purity"] = np.nan if name == COMBINATIONS else random.beta(2, 4, n)
                 frame["confidence"] = random.random(n) if name in (IN_USE, COMBINATIONS) and features == "given" else np.nan
+                frame["coverage"] = random.beta(12, 1.5, n) if name == IN_USE and features == "given" else np.nan
                 frames.append(frame.assign(role=role, locator=name, features=features))
-    columns = {"role": [], "query": [], "locator": [], "features": [], "baseline": [], "error": [], "purity": [], "confidence": []}
+    columns = {
+        "role": [],
+        "query": [],
+        "locator": [],
+        "features": [],
+        "baseline": [],
+        "error": [],
+        "purity": [],
+        "confidence": [],
+        "coverage": [],
+    }
     table = pd.concat(frames) if frames else pd.DataFrame(columns)
     contracts.LOCATION_QUALITY.write(table.assign(seed=1, fold=fold, located=1.0, purity_random=0.2), path)
     return path
@@ -43,13 +54,14 @@ def quick(monkeypatch):
 
 @pytest.mark.parametrize(
     ("folds", "options"),
-    [(3, {}), (1, {"n": 1}), (1, {"roles": 1}), (1, {"sources": ()}), (1, {"roles": 0}), (0, {})],
-    ids=["three folds", "one query", "targets alone", "no source", "empty", "no fold"],
+    [(3, {}), (1, {"n": 1}), (1, {"roles": 1}), (1, {"sources": ()}), (1, {"roles": 0})],
+    ids=["three folds", "one query", "targets alone", "no source", "empty"],
 )
 def test_location_quality(folds, options, tmp_path, caplog):
     tables = [write_table(tmp_path / f"{fold}.parquet", fold=str(fold), **options) for fold in range(folds)]
+    contracts.LOCATION_QUALITY.concatenate(tables, tmp_path / "whole.parquet")
     out = {"png": tmp_path / "a.png", "pdf": tmp_path / "a.pdf"}
-    location_quality.draw_location_quality(tables=tables, bootstrap=50, **out)
+    location_quality.draw_location_quality(table=tmp_path / "whole.parquet", bootstrap=50, **out)
     image = np.asarray(Image.open(out["png"]).convert("L"))
     assert image[[0, -1]].min() > 240
     assert image[:, [0, -1]].min() > 240
@@ -57,7 +69,7 @@ def test_location_quality(folds, options, tmp_path, caplog):
     assert out["pdf"].read_bytes().startswith(b"%PDF")
     assert not [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     before = out["png"].read_bytes(), out["pdf"].read_bytes()
-    location_quality.draw_location_quality(tables=tables, bootstrap=50, **out)
+    location_quality.draw_location_quality(table=tmp_path / "whole.parquet", bootstrap=50, **out)
     assert before == (out["png"].read_bytes(), out["pdf"].read_bytes())
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from dbdiffusion.config.qc import PanelConfig
-from dbdiffusion.data.moments import Moments
+from dbdiffusion.data.moments import Moments, write_moments
 from dbdiffusion.data.sets import EffectSet
 from dbdiffusion.data.splits import Splits
 from dbdiffusion.perturbations.effects import control_weights, estimate_effects, gene_scale, select_genes, write_effects
@@ -167,3 +167,92 @@ def test_held_out_counts_do_not_matter(tiny_screen: Path, moments: Moments, tmp_
     _write(tiny_screen, tmp_path / "b", moments=tmp_path / "garbage.h5ad")
     for name in ("effects.parquet", "panel.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+# --- effects within contexts
+
+
+def _contexts(rng, composition: dict[str, list[int]], effect, genes: int = 200, by_batch: bool = True) -> Moments:
+    """Moments by batch; effect (B, G) of A in each batch; batches shift both alike, cells vary with sd 1."""
+    n_batches = len(composition["control"])
+    shift = rng.normal(0, 2, (n_batches, genes))
+    rows, sums, squares, cells = [], [], [], []
+    for name, counts in composition.items():
+        for batch, n in enumerate(counts):
+            x = 5 + shift[batch] + (effect[batch] if name == "A" else 0) + rng.normal(0, 1, (n, genes))
+            rows.append((name, "A", str(batch), "", n))
+            sums.append(x.sum(axis=0))
+            squares.append((x**2).sum(axis=0))
+            cells.append(np.eye(n_batches, dtype=int)[batch] * n)
+    groups = pd.DataFrame(rows, columns=["perturbation", "half", "batch", "guide", "n_cells"])
+    if not by_batch:
+        groups.loc[groups["perturbation"] != "control", "batch"] = ""
+    names = pd.Index([f"G{j}" for j in range(genes)])
+    batches = [str(b) for b in range(n_batches)]
+    return Moments(groups, names, batches, np.array(cells), np.array(sums), np.array(squares), np.array(sums))
+
+
+def test_pooled_effect_is_the_inverse_variance_mean_written_out() -> None:
+    composition = {"control": [40, 15, 4], "A": [10, 30, 8]}
+    moments = _contexts(np.random.default_rng(0), composition, np.zeros((3, 5)), genes=5)
+    found = estimate_effects(moments, ["A"])
+    n, mean, var = moments.perturbation_by_batch("A")
+    m, control, control_var = moments.control_by_batch()
+    s = ((n - 1)[:, None] * var).sum(axis=0) / (n - 1).sum()
+    # Batch 2 has too few control cells: its cells meet the pooled control; its control cells do not estimate a variance.
+    sc = (m[:2, None] * control_var[:2]).sum(axis=0) / m[:2].sum()
+    pooled = moments.control()[1]
+    d = np.vstack([mean[:2] - control[:2], mean[2] - pooled])
+    v = s / np.array([10, 30, 8])[:, None] + sc / np.array([40, 15, 59])[:, None]
+    expected = (d / v).sum(axis=0) / (1 / v).sum(axis=0)
+    np.testing.assert_allclose(found.effect[0], expected)
+    q = ((d - expected) ** 2 / v).sum(axis=0).mean()
+    np.testing.assert_allclose(found.se[0], np.sqrt(max(1, q / 2) / (1 / v).sum(axis=0)))
+
+
+def test_errors_of_pooled_effects_hold_and_are_no_longer_than_needed() -> None:
+    """Unbiased with batches far apart; z has unit scale; with uneven controls pooled effects are more precise than matched ones."""
+    composition = {"control": [12, 200, 200], "A": [60, 30, 30]}
+    z, errors = [], {True: [], False: []}
+    for seed in range(12):
+        for by_batch in (True, False):
+            effects = estimate_effects(_contexts(np.random.default_rng(seed), composition, np.zeros((3, 200)), by_batch=by_batch), ["A"])
+            errors[by_batch].append((effects.effect**2).mean())
+            if by_batch:
+                z.append(effects.effect[0] / effects.se[0])
+    assert 0.9 < np.std(z) < 1.1
+    assert np.mean(errors[True]) < 0.8 * np.mean(errors[False])
+
+
+def test_contexts_that_disagree_widen_the_error() -> None:
+    composition = {"control": [60, 60, 60], "A": [40, 40, 40]}
+    same, apart = (
+        estimate_effects(_contexts(np.random.default_rng(1), composition, effect), ["A"])
+        for effect in (np.zeros((3, 200)), np.random.default_rng(2).normal(0, 1.0, (3, 200)))
+    )
+    assert apart.se.mean() > 3 * same.se.mean()
+    assert apart.variance.mean() > 9 * same.variance.mean()
+    assert same.variance.mean() == pytest.approx(1, abs=0.1)
+
+
+def test_one_batch_is_the_plain_effect(tiny_screen: Path) -> None:
+    composition = {"control": [50], "A": [20]}
+    pooled, plain = (
+        estimate_effects(_contexts(np.random.default_rng(3), composition, np.zeros((1, 200)), by_batch=by_batch), ["A"])
+        for by_batch in (True, False)
+    )
+    for name in ("effect", "se", "variance", "mean"):
+        np.testing.assert_allclose(getattr(pooled, name), getattr(plain, name), rtol=1e-10)
+
+
+def test_moments_by_batch_add_up_to_the_plain_ones(tiny_screen: Path, moments: Moments, tmp_path: Path) -> None:
+    write_moments(tiny_screen / "cells.h5ad", tiny_screen / "splits.json", tmp_path / "m.h5ad", by_batch=True)
+    split = Moments.read(tmp_path / "m.h5ad")
+    assert split.by_batch
+    assert not moments.by_batch
+    for name in moments.perturbations[:3]:
+        for half in ("A", None):
+            for one, two in zip(split.mean_var(name, half), moments.mean_var(name, half), strict=True):
+                np.testing.assert_allclose(one, two, atol=1e-10)
+            np.testing.assert_array_equal(split.batch_cells(name, half), moments.batch_cells(name, half))
+    assert np.isfinite(estimate_effects(split, split.perturbations).effect).all()

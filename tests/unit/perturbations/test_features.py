@@ -21,8 +21,10 @@ from dbdiffusion.perturbations.features import (
     known,
     load_features,
     match_symbols,
+    names_frame,
     permute_features,
     project,
+    read_aliases,
     read_gmt,
     similarity,
 )
@@ -172,7 +174,7 @@ def test_missing_file_and_repeated_set(tmp_path: Path) -> None:
 def test_symbols_are_reconciled() -> None:
     available = ["MARCHF8", "SEPTIN2", "HLA-A", "ENSG00000000003", "Tp53", "abc", "ABC", "NEW"]
     wanted = ["MARCH8", "SEPT2", "HLA.A", "ENSG00000000003.14", "TP53", "Abc", "OLD", "NONE", "abc"]
-    match, missing = match_symbols(wanted, available, {"OLD": "NEW"})
+    match, missing = match_symbols(wanted, available, {"OLD": ["ELSEWHERE", "NEW"]})
     assert match == {
         "MARCH8": "MARCHF8",
         "SEPT2": "SEPTIN2",
@@ -267,3 +269,22 @@ def test_permuted_features_are_the_same_values_elsewhere() -> None:
     assert not np.array_equal(one.values, other.values)
     np.testing.assert_array_equal(np.sort(one.values[:, 0]), features[0].values[:, 0])
     assert (one.values[:, 0] == features[0].values[:, 0]).mean() < 0.2
+
+
+def test_aliases_are_read_in_both_directions(tmp_path: Path) -> None:
+    (tmp_path / "aliases.tsv").write_text("symbol\talias\tnote\nKMT2A\tMLL\tx\nKMT2A\tHRX\t\nMLL\tMLL\t\nEMPTY\t\t\n")
+    assert read_aliases(tmp_path / "aliases.tsv") == {"KMT2A": ["MLL", "HRX"], "MLL": ["KMT2A"], "HRX": ["KMT2A"]}
+    (tmp_path / "one.csv").write_text("symbol\nA\n")
+    with pytest.raises(UserError, match="expected two"):
+        read_aliases(tmp_path / "one.csv")
+    with pytest.raises(UserError, match="not found"):
+        read_aliases(tmp_path / "none.csv")
+
+
+def test_names_say_what_matched_and_what_is_of_use() -> None:
+    features = GeneFeatures("f", pd.Index(["A", "B"]), np.ones((2, 1)), {"A": "A", "B": "b", "C": "SEE"})
+    table = names_frame({"f": features, "nothing": None}, ["A", "B"], ["B", "C", "D"], {"C": ["SEE"]}).set_index(["source", "gene"])
+    assert table.loc["f", "rule"].to_dict() == {"A": "same", "B": "variant", "C": "alias", "D": "missing"}
+    assert table.loc["f", "used"].to_dict() == {"A": True, "B": True, "C": False, "D": False}
+    assert table.loc["f", "role"].to_dict() == {"A": "training", "B": "training", "C": "target", "D": "target"}
+    assert set(table.loc["nothing", "rule"]) == {"missing"}

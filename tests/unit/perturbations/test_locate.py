@@ -21,13 +21,22 @@ from dbdiffusion.data.sets import EffectSet, LocationSet
 from dbdiffusion.data.splits import Splits, write_splits
 from dbdiffusion.perturbations.effects import write_effects
 from dbdiffusion.perturbations.embedding import write_embedding
-from dbdiffusion.perturbations.locate import Plan, learning_groups, write_locations
+from dbdiffusion.perturbations.locate import Plan, choose, combination_trials, learning_groups, make_learner, singles, write_locations
+from dbdiffusion.perturbations.locators import candidates
 from dbdiffusion.runtime import contracts
 
-OUTPUTS = ("effects.parquet", "panel.json", "locations.parquet", "clusters.parquet", "gene_features.parquet")
+OUTPUTS = ("effects.parquet", "panel.json", "locations.parquet", "clusters.parquet", "gene_features.parquet", "gene_names.parquet")
 
 
-def run(data: Path, out: Path, fold: str = "0", cells: Path | None = None, features: list[FeatureSource] | None = None, **location) -> Path:
+def run(
+    data: Path,
+    out: Path,
+    fold: str = "0",
+    cells: Path | None = None,
+    features: list[FeatureSource] | None = None,
+    aliases: Path | None = None,
+    **location,
+) -> Path:
     """Effects, locations and embeddings of one fold; moments are made again when other cells are given."""
     out.mkdir(exist_ok=True)
     moments, splits = data / "moments.h5ad", data / "splits.json"
@@ -53,6 +62,8 @@ def run(data: Path, out: Path, fold: str = "0", cells: Path | None = None, featu
         locations=out / OUTPUTS[2],
         out_clusters=out / OUTPUTS[3],
         gene_features=out / OUTPUTS[4],
+        gene_names=out / OUTPUTS[5],
+        aliases=aliases,
     )
     for q in Splits.read(splits).crossfit_names(fold):
         write_embedding(
@@ -125,6 +136,7 @@ def garbled(tiny_screen: Path, done: Path, tmp_path_factory: pytest.TempPathFact
         locations=out / "locations.parquet",
         out_clusters=out / "clusters.parquet",
         gene_features=out / "gene_features.parquet",
+        gene_names=out / "gene_names.parquet",
     )
     return out
 
@@ -177,7 +189,7 @@ def test_no_baseline_sees_the_pseudo_targets_it_predicts(tiny_screen: Path, done
         )
         return found.mean[found.rows([query])[0]]
 
-    everyone = name not in ("neighbour_mean", "additive", "permuted")
+    everyone = name not in ("neighbour_mean", "permuted")
     for query in pseudo:
         own = np.array([everyone or set(query.split("+")) <= set(other.split("+")) for other in effects.perturbations])
         mixed = replace(effects, **{key: np.where(own[:, None], getattr(loud, key), getattr(effects, key)) for key in ("effect", "mean")})
@@ -233,6 +245,30 @@ def test_embedding_holds_training_pseudo_and_targets(tiny_screen: Path, done: Pa
     single = located.select([q for q in sorted(found) if "+" not in q])
     for query, weights in zip(single.queries, single.weights, strict=True):
         np.testing.assert_allclose(wide.loc[query], weights[:-1] @ wide.loc[single.neighbours[:-1]].to_numpy(), atol=1e-9)
+
+
+def test_names_are_reported_and_aliases_found(tiny_screen: Path, done: Path, tmp_path: Path) -> None:
+    """A gene under another name in the annotations is found by the user's table."""
+    names = contracts.GENE_NAMES.read(done / "gene_names.parquet").astype(
+        {"source": str, "gene": str, "rule": str, "role": str, "name": str}
+    )
+    splits = Splits.read(tiny_screen / "splits.json")
+    everyone = {gene for name in [*splits.training("0"), *splits.targets("0")] for gene in name.split("+")}
+    assert set(names["gene"]) == everyone
+    assert set(names["source"]) == {"coexpression", "gene_sets:annotations"}
+    sets = names[names["source"] == "gene_sets:annotations"].set_index("gene")
+    gene = sets.index[sets["used"] & (sets["role"] == "training")][0]
+    (tmp_path / "annotations.gmt").write_text(
+        "\n".join(
+            "\t".join("OLDNAME" if field == gene else field for field in line.split("\t"))
+            for line in (tiny_screen / "annotations.gmt").read_text().splitlines()
+        )
+    )
+    source = [FeatureSource(kind="gene_sets", path=str(tmp_path / "annotations.gmt"), min_size=2)]
+    (tmp_path / "aliases.tsv").write_text(f"symbol\talias\n{gene}\tOLDNAME\n")
+    out = run(tiny_screen, tmp_path / "out", features=source, aliases=tmp_path / "aliases.tsv")
+    found = contracts.GENE_NAMES.read(out / "gene_names.parquet").astype({"gene": str, "rule": str, "name": str}).set_index("gene")
+    assert tuple(found.loc[gene, ["name", "rule", "used"]]) == ("OLDNAME", "alias", True)
 
 
 def test_gene_of_a_target_that_is_not_measured(tiny_screen: Path, tmp_path: Path) -> None:
@@ -303,3 +339,48 @@ def test_eight_perturbations_are_enough(tiny_screen: Path, tmp_path: Path, folds
     located = frame.drop_duplicates(["fit", "query"]).set_index(["fit", "query"])["status"] == "located"
     np.testing.assert_allclose(total, located.reindex(total.index).astype(float), atol=1e-9)
     assert frame["confidence"].max() < 0.95
+
+
+def test_combinations_are_tried_without_the_cells_of_parts_that_are_taken_as_unmeasured(tiny_screen: Path, done: Path) -> None:
+    """A located part is the same whatever its own effect is, and no other part is its neighbour; a measured part is its effect."""
+    effects, split = EffectSet.read(done / "effects.parquet"), Splits.read(tiny_screen / "splits.json")
+    plan = Plan.make(effects, split, "0", 1)
+    source = FeatureSource(kind="gene_sets", path=str(tiny_screen / "annotations.gmt"), min_size=2)
+    learner = make_learner(
+        tiny_screen / "cells.h5ad", effects, plan, split.targets("0"), [source], LocationConfig(max_cells=400), ClustersConfig(), 1
+    )
+    ranking = choose(learner, candidates(LocationConfig(locator="ridge"), ["gene_sets:annotations"]), None, "no")[:1]
+    values = dict(zip(effects.perturbations, effects.effect, strict=True))
+    strength = {name: float(np.linalg.norm(values[name])) for name in singles(list(values))}
+    # A double of two genes that the source knows, made up: the plan and what is learned for it do not depend on its effect.
+    doubles = ["+".join([name for name in singles(list(values)) if name in set(learner.fixed["gene_sets:annotations"].genes)][:2])]
+    values[doubles[0]] = np.random.default_rng(0).normal(size=len(effects.genes))
+    trials = {(t.name, t.kind, n): t for n, t in enumerate(combination_trials(learner, ranking, None, values, strength))}
+    one = doubles[0].split("+")[0]
+    loud = {**values, one: values[one] + 100.0}
+    again = {(t.name, t.kind, n): t for n, t in enumerate(combination_trials(learner, ranking, None, loud, strength))}
+    kinds = [kind for name, kind, _ in trials if name == doubles[0]]
+    assert sorted(kinds) == ["located", "measured", "mixed", "mixed"]
+    changed = [not np.allclose(t.terms, again[key].terms) for key, t in trials.items() if key[0] == doubles[0]]
+    # Taken as measured it counts (as measured, and as the measured part of the mixed sum); taken as unmeasured it does not.
+    assert sum(changed) == 2
+    for (name, kind, _), trial in trials.items():
+        np.testing.assert_array_equal(trial.truth, values[name])
+        if kind == "measured":
+            np.testing.assert_allclose(trial.terms.sum(axis=0), np.sum([values[part] for part in name.split("+")], axis=0))
+
+
+def test_targets_below_the_least_confidence_are_turned_away(tiny_screen: Path, done: Path, tmp_path: Path) -> None:
+    """Targets alone, and only where debiasing looks them up; the default turns nobody away."""
+    strict = contracts.LOCATIONS.read(run(tiny_screen, tmp_path / "strict", min_confidence=1.0) / "locations.parquet").astype({"fit": str})
+    plain = contracts.LOCATIONS.read(done / "locations.parquet").astype({"fit": str})
+    away = (plain["fit"] == "all") & (plain["role"] == "target")
+    pd.testing.assert_frame_equal(
+        plain[~away].reset_index(drop=True).astype({"query": str}),
+        strict[~((strict["fit"] == "all") & (strict["role"] == "target"))].reset_index(drop=True).astype({"query": str}),
+        check_categorical=False,
+    )
+    turned = strict[(strict["fit"] == "all") & (strict["role"] == "target")]
+    assert set(turned["query"]) == set(Splits.read(tiny_screen / "splits.json").targets("0"))
+    assert set(turned["status"]) == {"not_locatable"}
+    assert turned["reason"].astype(str).str.contains("below the 1.00 asked for").any()

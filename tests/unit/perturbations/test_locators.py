@@ -17,8 +17,10 @@ from dbdiffusion.perturbations.locators import (
     Fold,
     KernelLocator,
     Known,
+    Ranked,
     RidgeLocator,
     StackLocator,
+    _error_of_choice,
     _simplex,
     candidates,
     place,
@@ -314,3 +316,55 @@ def test_mixture_weights_are_the_mixed_weights(groups) -> None:
     assert (found.weights[2] == 0).all()
     assert mixed.label.startswith("stack(0.50 kernel")
     assert mixed.label.endswith("0.30 training mean)")
+
+
+def test_confidence_of_scores_that_differ_in_their_last_bits_is_a_number() -> None:
+    score = np.array([0.1, 0.2, 0.3, 0.84386997, np.nextafter(0.84386997, 1), np.nextafter(0.84386997, 0)])
+    found = Confidence.fit(score, np.array([False, True, True, True, False, True]))
+    assert np.isfinite(found.values).all() and np.isfinite(found(score)).all()
+
+
+def test_the_choice_of_a_single_locator_is_judged_by_folds_it_was_not_chosen_on(groups) -> None:
+    """Forty useless locators: the smallest of their errors is below 1 by luck; the error of choosing, written out here, is not."""
+    _, _, bad, names = groups
+    rng = np.random.default_rng(11)
+    sources = [GeneFeatures(f"n{i}", bad.genes, rng.normal(size=(40, 4))) for i in range(20)]
+    locators = [KernelLocator((source.source,), 5, t) for source in sources for t in (0.2, 0.5)]
+    lucky = []
+    for _ in range(8):
+        # Few effective genes, so that errors vary as they do with few perturbations.
+        folds = _folds({name: rng.normal(size=2) for name in names[:16]}, sources, names[:16])
+        errors = np.array([[_error(locator, fold) for fold in folds] for locator in locators])
+        base = sum(((fold.measured.mean(axis=0) - fold.truth) ** 2).sum() for fold in folds)
+        picks = [errors[:, [i for i in range(5) if i != number]].sum(axis=1).argmin() for number in range(5)]
+        honest = sum(errors[pick, number] for number, pick in enumerate(picks)) / base
+        by_name = {one.locator: one for one in rank(locators, folds)}
+        assert _error_of_choice([by_name[locator] for locator in locators]) == pytest.approx(honest)
+        first = rank(locators, folds, "compare")[0]
+        assert first.error == pytest.approx(min(1, honest, first.error))
+        lucky.append((min(one.error for one in by_name.values()), honest, isinstance(first.locator, KernelLocator)))
+    smallest, honest, single = np.array(lucky).T
+    assert smallest.mean() < 1 < honest.mean()
+    # By the smallest error a single locator would be taken as often as luck is below 1.
+    assert single.sum() < (smallest < 1).sum()
+
+
+def _error(locator: KernelLocator, fold: Fold) -> float:
+    found = locator.locate(fold.queries, fold.known)
+    mean = fold.measured.mean(axis=0)
+    guess = np.where((found.reasons == "")[:, None], found.weights @ fold.measured, mean)
+    return float(((guess - fold.truth) ** 2).sum())
+
+
+def test_a_gene_that_is_annotated_but_like_no_other_stands_at_the_training_mean(features: GeneFeatures) -> None:
+    """A single locator says why it cannot place it; the mixture, of which the training mean is a part, can."""
+    named = GeneFeatures(features.source, features.genes, features.values, {**{gene: gene for gene in features.genes}, "LONELY": "LONELY"})
+    known = known_of([named], NAMES)
+    alone = RidgeLocator(("table:x",), 1.0).locate(["LONELY", "NOBODY"], known)
+    assert "shared with a measured one" in alone.reasons[0]
+    assert "NOBODY is not in table:x" in alone.reasons[1]
+    member = Ranked(RidgeLocator(("table:x",), 1.0), 0.5, Confidence(np.zeros(1), np.ones(1)))
+    found = StackLocator((member,), (0.6,)).locate(["LONELY", "NOBODY"], known)
+    np.testing.assert_allclose(found.weights[0], 1 / 12)
+    assert found.score[0] == 0
+    assert (found.weights[1] == 0).all()

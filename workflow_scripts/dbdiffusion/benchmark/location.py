@@ -19,6 +19,7 @@ from dbdiffusion.config.splits import ALL
 from dbdiffusion.data.moments import Moments
 from dbdiffusion.data.sets import EffectSet, LocationSet
 from dbdiffusion.data.splits import Splits, parts
+from dbdiffusion.perturbations.abstention import coverage, threshold
 from dbdiffusion.perturbations.clusters import perturbation_clusters
 from dbdiffusion.perturbations.effects import estimate_effects, gene_scale
 from dbdiffusion.perturbations.embedding import embed
@@ -79,7 +80,14 @@ class Group:
         purity = np.divide((positive * self.same).sum(axis=1), total, out=np.full(len(total), np.nan), where=there)
         return np.column_stack([located.astype(float), error, purity])
 
-    def rows(self, locator: str, features: str, judged: np.ndarray, confidence: np.ndarray | None = None) -> pd.DataFrame:
+    def rows(
+        self,
+        locator: str,
+        features: str,
+        judged: np.ndarray,
+        confidence: np.ndarray | None = None,
+        covered: np.ndarray | None = None,
+    ) -> pd.DataFrame:
         """Rows of contract `location_quality`, but for seed and fold."""
         chance = self.same.sum(axis=1) / np.maximum(self.free.sum(axis=1), 1)
         frame = pd.DataFrame({"role": self.role, "query": self.queries, "locator": locator, "features": features})
@@ -87,6 +95,7 @@ class Group:
         frame["baseline"] = self.baseline
         frame["purity_random"] = np.where(np.isnan(judged[:, 2]), np.nan, chance)
         frame["confidence"] = np.full(len(frame), np.nan) if confidence is None else confidence
+        frame["coverage"] = np.full(len(frame), np.nan) if covered is None else covered
         return frame
 
 
@@ -132,7 +141,8 @@ def write_location_quality(
     truth = {
         name: effect / unit for each in (training, held_out) if each for name, effect in zip(each.perturbations, each.effect, strict=True)
     }
-    frames = in_use(LocationSet.read(locations, ALL, training.perturbations), truth, targets, split, fold, training, cluster, seed)
+    used = LocationSet.read(locations, ALL, training.perturbations)
+    frames = in_use(used, truth, targets, split, fold, training, cluster, location.coverage, seed)
     singles = [name for name in training.perturbations if len(parts(name)) == 1]
     table = contracts.GENE_FEATURES.read(gene_features)
     trials = []
@@ -169,11 +179,12 @@ def in_use(
     fold: str,
     training: EffectSet,
     cluster: dict[str, str],
+    level: float,
     seed: int,
 ) -> list[pd.DataFrame]:
     """The locations that predictions use, singles and combinations apart; permuted: other neighbours with the same weights.
 
-    Weights on the control drop out, its effect being zero.
+    Weights on the control drop out, its effect being zero. level: of the intervals whose coverage is measured, of singles.
     """
     names = list(training.perturbations)
     values = np.array([truth[name] for name in names])
@@ -191,10 +202,11 @@ def in_use(
             weights, there = chosen.weights[:, used], (chosen.info["status"] == "located").to_numpy()
             found = [group.judge(_shuffled(weights, group.free, seed, number), there) for number in range(PERMUTATIONS)]
             confidence = chosen.info["confidence"].to_numpy(dtype=float)
+            covered = coverage(weights, values[used], group.truth, level) if label == IN_USE else None
             for kind, judged in (("given", group.judge(weights, there)), ("permuted", np.mean(found, axis=0))):
                 if label == COMBINATIONS:
                     judged[:, 2] = np.nan
-                frames.append(group.rows(label, kind, judged, confidence if kind == "given" else None))
+                frames.append(group.rows(label, kind, judged, *((confidence, covered) if kind == "given" else (None, None))))
     return frames
 
 
@@ -317,20 +329,57 @@ def summarise(table: pd.DataFrame, *, resamples: int = 1000, seed: int = 0) -> p
 
 
 def reliability(table: pd.DataFrame, edges: np.ndarray = EDGES) -> pd.DataFrame:
-    """Confidence of located queries against the share of them that were located better than by the training mean, in bins.
+    """Confidence of located queries against the share of them that were located better than by the training mean, and against their
+    squared error relative to the training mean's, in bins.
 
     Bins are half-open, [a, b), but for the last, which holds its upper edge. Columns: group (pseudo and target, of single perturbations;
-    combinations, of both roles), confidence (mean), share, low, high (95 % Clopper-Pearson), n. Empty bins are left out.
+    combinations, of both roles), confidence (mean), share, low, high (95 % Clopper-Pearson), error (sum over the bin, divided by the
+    training mean's), n. Empty bins are left out.
     """
     used = table[table["locator"].astype(str).isin([IN_USE, COMBINATIONS]) & (table["features"] == "given") & (table["located"] == 1)]
     better = used["error"] < used["baseline"] * (1 - 1e-9)
     bins = np.clip(np.searchsorted(edges, used["confidence"], side="right") - 1, 0, len(edges) - 2)
     group = np.where(used["locator"].astype(str) == COMBINATIONS, "combinations", used["role"].astype(str))
-    frame = pd.DataFrame({"group": group, "bin": bins, "confidence": used["confidence"], "better": better})
+    frame = pd.DataFrame(
+        {"group": group, "bin": bins, "better": better, **{name: used[name] for name in ("confidence", "error", "baseline")}}
+    )
     rows = []
     for (name, _), part in frame.groupby(["group", "bin"], sort=True):
         n, hits = len(part), int(part["better"].sum())
         low = stats.beta.ppf(0.025, hits, n - hits + 1) if hits else 0.0
         high = stats.beta.ppf(0.975, hits + 1, n - hits) if hits < n else 1.0
-        rows.append({"group": name, "confidence": part["confidence"].mean(), "share": hits / n, "low": low, "high": high, "n": n})
-    return pd.DataFrame(rows, columns=["group", "confidence", "share", "low", "high", "n"])
+        error = part["error"].sum() / max(part["baseline"].sum(), 1e-300)
+        rows.append(
+            {"group": name, "confidence": part["confidence"].mean(), "share": hits / n, "low": low, "high": high, "error": error, "n": n}
+        )
+    return pd.DataFrame(rows, columns=["group", "confidence", "share", "low", "high", "error", "n"])
+
+
+def coverage_above(table: pd.DataFrame, level: float) -> tuple[pd.DataFrame, float]:
+    """Coverage of the located single queries that are at least as confident as a threshold, for every threshold there is; and the
+    smallest threshold with nominal coverage of the pseudo-targets (`perturbations.abstention`), over all folds and seeds.
+
+    Columns: role, confidence (the threshold), coverage (mean over queries), low, high (95 %, normal), share (of the located), n.
+    """
+    used = table[(table["locator"].astype(str) == IN_USE) & (table["features"].astype(str) == "given") & table["coverage"].notna()]
+    rows = []
+    for role, part in used.groupby(used["role"].astype(str), sort=True):
+        confidence, covered = part["confidence"].to_numpy(dtype=float), part["coverage"].to_numpy(dtype=float)
+        for least in np.unique(confidence):
+            above = covered[confidence >= least]
+            half = 1.96 * above.std(ddof=1) / np.sqrt(len(above)) if len(above) > 1 else np.nan
+            mean, n = above.mean(), len(above)
+            rows.append(
+                {
+                    "role": role,
+                    "confidence": least,
+                    "coverage": mean,
+                    "low": mean - half,
+                    "high": mean + half,
+                    "share": n / len(part),
+                    "n": n,
+                }
+            )
+    pseudo = used[used["role"].astype(str) == "pseudo"]
+    found = threshold(pseudo["confidence"], pseudo["coverage"], level) if len(pseudo) else np.nan
+    return pd.DataFrame(rows, columns=["role", "confidence", "coverage", "low", "high", "share", "n"]), found

@@ -51,6 +51,8 @@ class Columns(Block):
     """Column with the batch; effects are taken within batch."""
     library_size: str | None = None
     """Column with the total counts over the whole transcriptome; null: the sum over the genes of the file."""
+    modality: str | None = None
+    """Column with the kind of perturbation (knockout, CRISPRi, CRISPRa), where one file holds several screens. See `modality`."""
 
 
 class Labels(Block):
@@ -94,10 +96,21 @@ class GuideAssignment(Block):
 class _Dataset(Block):
     columns: Columns = Columns()
     """What the columns of the cell table are called."""
+    modality: str | None = None
+    """Value of columns.modality whose cells are analysed; control cells without a value belong to all. Needed where the column has several:
+    opposite modalities of a gene are never averaged, nor neighbours of each other. Write one dataset block for each."""
     labels: Labels = Labels()
     """How perturbation labels are written."""
     features: list[FeatureSource] = Field([FeatureSource(kind="coexpression")], min_length=1)
     """Sources of gene features used to locate unmeasured perturbations."""
+    aliases: str | None = None
+    """Table of gene aliases (.csv, .tsv, .txt, also .gz, with a header): two names of one gene a row, in either order. It is asked for
+    genes that a feature source does not have under the name in the data. Versions, renamed families, R dots and case need none."""
+
+    contexts: Literal["matched", "meta"] = "matched"
+    """Batches or cell lines (columns.batch): matched: one effect over all of a perturbation's cells, against a control of the same batch
+    composition; meta: an effect within each batch against its own control, pooled by inverse variance, the standard error widened where
+    batches disagree. meta stores sums for each perturbation and batch: for screens of few batches with many cells each."""
 
 
 class SimulateDataset(_Dataset):

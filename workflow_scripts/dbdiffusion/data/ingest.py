@@ -20,7 +20,7 @@ from dbdiffusion.data.guides import ASSIGNED, MULTI, assign_guides, guide_target
 from dbdiffusion.data.labels import KEPT, LabelResult, canonical_labels, is_missing, require_column
 from dbdiffusion.data.readers import Screen, check_ids, read_screen, read_table
 from dbdiffusion.data.sets import CONTROL
-from dbdiffusion.runtime.errors import UserError
+from dbdiffusion.runtime.errors import UserError, nearest
 from dbdiffusion.runtime.files import atomic_path
 from dbdiffusion.runtime.provenance import versions
 
@@ -232,6 +232,31 @@ def _batch(screen: Screen, columns: Columns) -> np.ndarray:
     return batch
 
 
+def _of_modality(screen: Screen, config: FileDataset | CatalogueDataset, labelled: LabelResult) -> tuple[np.ndarray, dict[str, Any]]:
+    """Cells of the modality that is analysed, and how many cells each has. Control cells without a modality belong to every one."""
+    column = config.columns.modality
+    if column is None:
+        if config.modality is not None:
+            fix = "name the column with the modality under columns.modality, or remove modality"
+            raise UserError(f"modality {config.modality!r}, but no column says which cells have it", where=screen.where, fix=fix)
+        return np.ones(len(screen.obs), dtype=bool), {}
+    where = f"{screen.where}, column {column!r}"
+    values = _text(require_column(screen.obs, column, where=screen.where, key="columns.modality"))
+    labelled_cells, control = labelled.status == KEPT, labelled.names == CONTROL
+    perturbed = labelled_cells & ~control
+    if (missing := int((perturbed & (values == "")).sum())) > 0:
+        raise UserError(f"{missing} perturbed cells have no modality", where=where, fix="fill the column, or leave columns.modality out")
+    found = sorted(set(values[perturbed]))
+    if config.modality is None and len(found) > 1:
+        fix = f"add modality: {found[0]} to the dataset, and a block of its own for each of the others"
+        raise UserError(f"several modalities ({', '.join(found)}), which must not be averaged", where=where, fix=fix)
+    wanted = config.modality or (found[0] if found else "")
+    if wanted not in found:
+        raise UserError(f"no perturbed cell has modality {wanted!r}", where=where, fix=nearest(wanted, found))
+    cells = {value or "none": int((labelled_cells & (values == value)).sum()) for value in sorted(set(values[labelled_cells]))}
+    return (values == wanted) | (control & (values == "")), {"modality": wanted, "cells_by_modality": cells}
+
+
 def _declared_numbers(screen: Screen, names: np.ndarray) -> dict[str, int]:
     """Compare with the number of perturbations that scPerturb files state for each cell (`nperts`)."""
     if "nperts" not in screen.obs.columns:
@@ -253,7 +278,8 @@ def ingest(config: FileDataset | CatalogueDataset, *, source: str | Path, catalo
 
     X: CSR float32 of whole numbers; obs (index cell ids): perturbation, guide, batch (categories), total_counts (float64,
     full library); var (index unique gene symbols): gene_id and mito where known; uns: provenance (dict of text) and ingest
-    (JSON text: what was dropped, and why). Cells that are unassigned, dropped by label, multi-guide or without any count are left out.
+    (JSON text: what was dropped, and why). Cells that are unassigned, dropped by label, multi-guide, of
+    another modality or without any count are left out.
 
     Raises UserError, naming file and column, for whatever is not a screen of counts with labels.
     """
@@ -285,11 +311,13 @@ def ingest(config: FileDataset | CatalogueDataset, *, source: str | Path, catalo
         index=screen.obs.index,
     )
     empty = obs["total_counts"].to_numpy() <= 0
-    keep = (labelled.status == KEPT) & ~empty
+    of_modality, modality_report = _of_modality(screen, config, labelled)
+    keep = (labelled.status == KEPT) & ~empty & of_modality
     report = {
         **screen.report,
         **gene_report,
         "labels": labelled.report,
+        **modality_report,
         **_declared_numbers(screen, labelled.names),
         "cells_without_counts": int(((labelled.status == KEPT) & empty).sum()),
         "columns_not_found": absent,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,11 @@ LAYERS = ("sum", "sum_sq", "detected")
 GROUP = ["perturbation", "half", "batch", "guide"]
 
 
-def write_moments(cells: str | Path, splits: str | Path, out: str | Path) -> None:
+def write_moments(cells: str | Path, splits: str | Path, out: str | Path, by_batch: bool = False) -> None:
     """Sums of ln(1 + CP10k), of its square and of detected cells per perturbation and half; the control by batch and guide too.
 
-    cells: cells.h5ad; splits: splits.json, whose halves are used; out: .h5ad with one row per group.
+    cells: cells.h5ad; splits: splits.json, whose halves are used; out: .h5ad with one row per group; by_batch: perturbations by batch as
+    well, so that their effects can be estimated within batches.
     A group's sums depend on its own cells only.
     """
     import anndata
@@ -29,7 +31,7 @@ def write_moments(cells: str | Path, splits: str | Path, out: str | Path) -> Non
     halves = Splits.read(splits)
     with open_cells(cells) as file:
         halves.check_cells(file.obs.index)
-        groups, codes = _groups(file.obs, halves.halves)
+        groups, codes = _groups(file.obs, halves.halves, by_batch)
         sums = group_sums(file, codes, len(groups))
         batches = sorted(file.obs["batch"].unique())
         composition = _composition(codes, file.obs["batch"], len(groups), batches)
@@ -46,14 +48,15 @@ def write_moments(cells: str | Path, splits: str | Path, out: str | Path) -> Non
         table.write_h5ad(temporary, compression="gzip")
 
 
-def _groups(obs: pd.DataFrame, halves: np.ndarray) -> tuple[pd.DataFrame, np.ndarray]:
-    """The groups (sorted) and each cell's group; batch and guide tell groups of control cells apart, others have them empty."""
+def _groups(obs: pd.DataFrame, halves: np.ndarray, by_batch: bool) -> tuple[pd.DataFrame, np.ndarray]:
+    """The groups (sorted) and each cell's group; batch and guide tell groups of control cells apart, others have them empty (their batch
+    only without `by_batch`)."""
     control = (obs["perturbation"] == CONTROL).to_numpy()
     keys = pd.DataFrame(
         {
             "perturbation": obs["perturbation"].to_numpy(),
             "half": halves,
-            "batch": np.where(control, obs["batch"], ""),
+            "batch": np.where(control | by_batch, obs["batch"], ""),
             "guide": np.where(control, obs["guide"], ""),
         }
     )
@@ -82,8 +85,8 @@ def _mean_var(n: np.ndarray, total: np.ndarray, squares: np.ndarray) -> tuple[np
 class Moments:
     """Sums over groups of cells (R groups x G genes) of ln(1 + CP10k).
 
-    groups: (R,) perturbation, half, batch, guide (the last two only of control rows) and n_cells; sum, sum_sq,
-    detected: (R, G); batch_cell_counts: (R, B) cells per batch.
+    groups: (R,) perturbation, half, batch, guide (the last two only of control rows; batch of all where `by_batch`) and n_cells; sum,
+    sum_sq, detected: (R, G); batch_cell_counts: (R, B) cells per batch.
     """
 
     groups: pd.DataFrame
@@ -117,6 +120,11 @@ class Moments:
     def control_guides(self) -> list[str]:
         """Guides of control cells, sorted ([""] where guides are unknown)."""
         return sorted(self.groups.loc[self.groups["perturbation"] == CONTROL, "guide"].unique())
+
+    @cached_property
+    def by_batch(self) -> bool:
+        """Whether perturbations, too, have a row for each batch."""
+        return bool((self.groups.loc[self.groups["perturbation"] != CONTROL, "batch"] != "").any())
 
     def rows(
         self,
@@ -167,10 +175,16 @@ class Moments:
         self, half: str | None = None, guides: list[str] | None = None, exclude_guides: list[str] | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Control cells (B,), means (B, G) and variances (B, G) by batch, in the order of `batches`; zeros where a batch has none."""
-        rows = self.rows(CONTROL, half, guides=guides, exclude_guides=exclude_guides)
+        return self._batches(self.rows(CONTROL, half, guides=guides, exclude_guides=exclude_guides))
+
+    def perturbation_by_batch(self, perturbation: str, half: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same of a perturbation's cells; only where `by_batch`."""
+        return self._batches(self.rows(perturbation, half))
+
+    def _batches(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         member = self.batch_cell_counts[rows].T > 0
         n = self.batch_cell_counts[rows].sum(axis=0)
-        # A control group lies in one batch, so membership adds up its sums.
+        # These groups lie in one batch each, so membership adds up their sums.
         mean, variance = _mean_var(n[:, None].astype(float), member @ self.sum[rows], member @ self.sum_sq[rows])
         return n, mean, variance
 

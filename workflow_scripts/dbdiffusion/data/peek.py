@@ -33,7 +33,7 @@ def check_h5ad(name: str, dataset: FileDataset, splits: SplitsConfig) -> None:
         if not isinstance(handle.get("obs"), h5py.Group):
             raise UserError("has no cell table `obs`", where=dataset.path, fix="write it with a current anndata (adata.write_h5ad)")
         columns = [c for c in _text(handle["obs"].keys()) if c != "__categories"]
-        for key in ("perturbation", "guide", "batch", "library_size"):
+        for key in ("perturbation", "guide", "batch", "library_size", "modality"):
             wanted = getattr(dataset.columns, key)
             if wanted is not None and wanted not in columns:
                 raise UserError(f"{key}: there is no column {wanted!r}", where=where, fix=nearest(wanted, columns))

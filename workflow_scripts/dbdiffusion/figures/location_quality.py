@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dbdiffusion.benchmark.location import COMBINATIONS, IN_USE, reliability, summarise
+from dbdiffusion.benchmark.location import COMBINATIONS, IN_USE, coverage_above, reliability, summarise
 from dbdiffusion.figures import style
 from dbdiffusion.runtime import contracts
 
@@ -35,28 +34,37 @@ def locator_name(name: str, width: int = 34) -> str:
     return style.short(f"{kind}, {source.split(':')[-1].replace('_', ' ')}" if source else name, width)
 
 
-def draw_location_quality(*, tables: Sequence[str | Path], png: str | Path, pdf: str | Path, bootstrap: int = 1000, seed: int = 0) -> None:
+def draw_location_quality(
+    *, table: str | Path, png: str | Path, pdf: str | Path, bootstrap: int = 1000, level: float = 0.9, seed: int = 0
+) -> None:
     """(a) Squared error of located neighbour means relative to the training mean's, (b) purity of located neighbours, by locator and
-    feature source, each beside the same with permuted features; (c) reliability of the location confidence.
+    feature source, each beside the same with permuted features; by the location confidence, (c) the share of locations that beat the
+    training mean, (d) their error, (e) the coverage of intervals from located neighbours above a threshold.
 
-    tables: contract `location_quality` of the folds of one seed. Intervals are 95 %, from `bootstrap` resamples of perturbations in (a)
-    and (b), binomial in (c). Error intervals that reach far beyond all points are cut at the axes' edge.
+    table: contract `location_quality` of all folds and seeds. Intervals are 95 %, from `bootstrap` resamples of perturbations in (a)
+    and (b), binomial in (c), normal in (e), whose nominal coverage is `level`. Error intervals that reach far beyond all points are cut
+    at the axes' edge.
     """
     text = dict.fromkeys((column.name for column in contracts.LOCATION_QUALITY.columns if column.kind == "str"), "str")
-    frames = [contracts.LOCATION_QUALITY.read(table).astype(text) for table in tables]
-    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=contracts.LOCATION_QUALITY.names)
-    summary = summarise(table, resamples=bootstrap, seed=seed)
+    rows = contracts.LOCATION_QUALITY.read(table).astype(text)
+    summary = summarise(rows, resamples=bootstrap, seed=seed)
     order = locator_order(summary)
-    with style.sheet(style.PAGE, max(66.0, 26 + 6.0 * len(order)), png=png, pdf=pdf) as page:
+    top = max(40.0, 14 + 5.2 * len(order))
+    with style.sheet(style.PAGE, top + 66.0, png=png, pdf=pdf) as page:
         if not order:
             style.empty(page.fig.subplots(), "No located perturbation was measured: there is nothing to compare with.")
             return
-        error, purity, curve = page.fig.subplots(1, 3, width_ratios=(1.0, 1.0, 0.95))
+        grid = page.fig.add_gridspec(2, 6, height_ratios=(top, 48.0))
+        error, purity = (page.fig.add_subplot(grid[0, at : at + 3]) for at in (0, 3))
+        curve, size, covered = (page.fig.add_subplot(grid[1, at : at + 2]) for at in (0, 2, 4))
         _error(error, summary, order)
         _purity(purity, summary, order)
-        _reliability(curve, reliability(table))
-        style.letter_panels([error, purity, curve])
-        _legend(page.fig, error, summary, table)
+        bins = reliability(rows)
+        _reliability(curve, bins)
+        _errors_by_confidence(size, bins)
+        _coverage(covered, *coverage_above(rows, level), level)
+        style.letter_panels([error, purity, curve, size, covered])
+        _legend(page.fig, error, summary, rows)
 
 
 def _points(ax: Axes, summary: pd.DataFrame, order: list[str], value: str) -> None:
@@ -114,7 +122,48 @@ def _reliability(ax: Axes, curve: pd.DataFrame) -> None:
     ax.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     ax.set_title(f"Confidence ({style.count(int(curve['n'].sum()), 'location')})")
     ax.set_xlabel("confidence of the location\n(mean of the bin)")
-    ax.set_ylabel("share better than the training mean")
+    ax.set_ylabel("share better than\nthe training mean")
+
+
+def _errors_by_confidence(ax: Axes, curve: pd.DataFrame) -> None:
+    ax.axhline(1, color=style.DARK, lw=0.7, ls=(0, (4, 2)), zorder=1)
+    for group, (colour, marker) in LOOKS.items():
+        part = curve[curve["group"] == group]
+        ax.plot(part["confidence"], part["error"], color=colour, lw=0.8, zorder=2)
+        ax.scatter(
+            part["confidence"],
+            part["error"],
+            s=6 + 40 * part["n"] / max(curve["n"].max(), 1),
+            marker=marker,
+            color=colour,
+            linewidths=0,
+            zorder=3,
+        )
+    ax.set_xlim(-0.03, 1.03)
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_locator(MaxNLocator(4))
+    ax.set_title("Error by confidence")
+    ax.set_xlabel("confidence of the location\n(mean of the bin)")
+    ax.set_ylabel("squared error /\ntraining mean's")
+
+
+def _coverage(ax: Axes, above: pd.DataFrame, found: float, level: float) -> None:
+    ax.axhline(level, color=style.DARK, lw=0.7, ls=(0, (4, 2)), zorder=1)
+    for role in ("target", "pseudo"):
+        part = above[above["role"] == role]
+        colour, _ = LOOKS[role]
+        ax.step(part["confidence"], part["coverage"], where="pre", color=colour, lw=1.0, zorder=3)
+        ax.fill_between(part["confidence"], part["low"], part["high"].clip(upper=1), step="pre", color=colour, alpha=0.15, lw=0, zorder=2)
+    if np.isfinite(found):
+        ax.axvline(found, color=style.ORANGE, lw=0.8, ls=":", zorder=1)
+    ax.set_xlim(-0.03, 1.03)
+    ax.set_ylim(min(0.5, above["coverage"].min() - 0.05) if len(above) else 0.5, 1.01)
+    if not np.isnan(found):
+        said = "at no confidence" if np.isinf(found) else f"from {found:.2f} on"
+        ax.text(0.03, 0.03, f"nominal {said}", transform=ax.transAxes, fontsize=6, color=style.DARK)
+    ax.set_title("Coverage")
+    ax.set_xlabel("least confidence\nthat is accepted")
+    ax.set_ylabel("genes in the\nneighbours' interval")
 
 
 def _legend(fig: Figure, ax: Axes, summary: pd.DataFrame, table: pd.DataFrame) -> None:
@@ -127,7 +176,7 @@ def _legend(fig: Figure, ax: Axes, summary: pd.DataFrame, table: pd.DataFrame) -
             handles += ax.plot([], [], marker, ms=3.4, color=colour, label=f"{NAMES[role]} (n = {n})")
     if COMBINATIONS in set(table["locator"]):
         colour, marker = LOOKS["combinations"]
-        handles += ax.plot([], [], marker, ms=3.4, color=colour, label="combinations (c)")
+        handles += ax.plot([], [], marker, ms=3.4, color=colour, label="combinations (c, d)")
     handles += ax.plot([], [], "o", ms=3.4, mfc="white", mec=style.DARK, mew=0.8, label="permuted features")
     handles += ax.plot([], [], "|", ms=6, color=style.DARK, mew=0.9, label="random neighbours (b)")
     fig.legend(handles=handles, loc="outside lower center", ncols=3)

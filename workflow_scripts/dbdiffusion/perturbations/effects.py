@@ -49,11 +49,44 @@ class _Control:
         # A variance from few cells is no estimate: such a batch takes the pooled one.
         spread = np.where((self.cells >= MIN_CONTROL_CELLS)[:, None], variances[:, at], self.variance)
         self.batch_errors = np.divide(spread, self.cells[:, None], out=np.zeros_like(spread), where=self.cells[:, None] > 0)
+        self.batch_variances = spread
 
     def matched(self, composition: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean (G,) of the control on a batch composition, and its error variance (G,)."""
         weights = control_weights(composition, self.cells)
         return weights @ self.batch_means, weights**2 @ self.batch_errors
+
+
+def within_contexts(
+    cells: np.ndarray, means: np.ndarray, variances: np.ndarray, control: _Control
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One perturbation's effect within each context (batch or cell line), pooled: effect (G,), its standard error, and the share n / n_eff
+    by which the pooled mean's sampling variance exceeds that of a plain mean of as many cells.
+
+    cells (B,), means and variances (B, G) of the perturbation by context. d_b = x̄_b - c̄_b against the context's own control, of variance
+    v_b = s²/n_b + s_c²/m_b with the variances s² within contexts pooled over them: weights that follow their own context's estimated
+    variance would favour those where counts happen to be low. Pooled by inverse variance; the standard error is widened by the Birge ratio
+    sqrt(max(1, Q / (S - 1))), Q = sum_b (d_b - d)² / v_b averaged over genes, where the S contexts disagree by more than chance.
+    Cells of contexts with fewer than MIN_CONTROL_CELLS control cells are one context together, against the pooled control.
+    """
+    own = (control.cells >= MIN_CONTROL_CELLS) & (cells > 0)
+    rest = (cells > 0) & ~own
+    n, m = cells[own].astype(float), control.cells[own].astype(float)
+    difference = means[own] - control.batch_means[own]
+    if rest.any():
+        n, m = np.append(n, cells[rest].sum()), np.append(m, control.n)
+        difference = np.vstack([difference, np.average(means[rest], axis=0, weights=cells[rest]) - control.mean])
+    freedom = np.maximum(cells - 1, 0)
+    spread = (freedom @ variances) / freedom.sum() if freedom.sum() else control.variance
+    share = control.cells * (control.cells >= MIN_CONTROL_CELLS)
+    base = (share @ control.batch_variances) / share.sum() if share.sum() else control.variance
+    error = np.maximum(spread / n[:, None] + base / m[:, None], 1e-300)
+    weights = 1 / error / (1 / error).sum(axis=0)
+    effect = (weights * difference).sum(axis=0)
+    alive = (spread + base) > 0
+    disagreement = ((difference - effect) ** 2 / error)[:, alive].sum(axis=0).mean() if alive.any() else 0.0
+    birge = np.sqrt(max(1.0, disagreement / (len(n) - 1))) if len(n) > 1 else 1.0
+    return effect, birge * np.sqrt(1 / (1 / error).sum(axis=0)), birge**2 * cells.sum() * (weights**2 / n[:, None]).sum(axis=0)
 
 
 def estimate_effects(
@@ -74,7 +107,9 @@ def estimate_effects(
 
     effect_kj = x̄_kj - sum_b a_kb c̄_bj with a_kb from `control_weights`; se² = s²_kj / n_k + sum_b a²_kb s²_bj / n_b (cells as
     unit, batches fixed); mean = pooled control mean + effect, so that means of perturbations measured in different
-    batches compare. Raises UserError for a perturbation with fewer than 2 cells and for a gene that was not measured.
+    batches compare. Moments by batch (config datasets.*.contexts: meta) give effects within batches, pooled (`within_contexts`);
+    variance is then that between cells within batches, times what the weights cost. Raises UserError for a perturbation with
+    fewer than 2 cells and for a gene that was not measured.
     """
     genes = moments.genes if genes is None else pd.Index(genes)
     at = moments.genes.get_indexer(genes)
@@ -91,9 +126,16 @@ def estimate_effects(
         if n < MIN_CELLS:
             found = f"{n} cell(s){f' in half {half}' if half else ''}, at least {MIN_CELLS} are needed for an effect"
             raise UserError(found, where=f"perturbation {name!r}", fix="raise qc.min_cells_per_perturbation, or drop the perturbation")
-        matched, error = control.matched(moments.batch_cells(name, half))
-        effect[row], variance[row], n_cells[row] = mean[at] - matched, spread[at], n
-        se[row] = np.sqrt(spread[at] / n + error)
+        n_cells[row] = n
+        if moments.by_batch:
+            cells, means, variances = moments.perturbation_by_batch(name, half)
+            effect[row], se[row], excess = within_contexts(cells, means[:, at], variances[:, at], control)
+            freedom = np.maximum(cells - 1, 0)
+            within = freedom @ variances[:, at] / freedom.sum() if freedom.sum() else spread[at]
+            variance[row] = within * excess
+        else:
+            matched, error = control.matched(moments.batch_cells(name, half))
+            effect[row], variance[row], se[row] = mean[at] - matched, spread[at], np.sqrt(spread[at] / n + error)
     mean = control.mean + effect
     return EffectSet(pd.Index(list(perturbations)), genes, mean, effect, se, variance, n_cells, control.mean, control.variance, control.n)
 

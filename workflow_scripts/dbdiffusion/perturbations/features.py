@@ -12,7 +12,7 @@ import logging
 import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +35,13 @@ COEXPRESSION = "coexpression"  # name of the only source that is learned from ce
 
 @dataclass(frozen=True)
 class GeneFeatures:
-    """Features of one source: genes (n,), values (n, d) whose inner products are similarities."""
+    """Features of one source: genes (n,), values (n, d) whose inner products are similarities; names: of perturbed genes in the source,
+    also of those of which nothing is known that is shared with a training perturbation's gene, and which therefore have no features."""
 
     source: str
     genes: pd.Index
     values: np.ndarray
+    names: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def rows(self, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(len(names), d) features, zero where the source does not know a gene, and whether it knows it."""
@@ -75,7 +77,7 @@ def of_fit(frame: pd.DataFrame, fit: str) -> dict[str, GeneFeatures]:
 def nonzero(features: GeneFeatures) -> GeneFeatures:
     """Without the genes of which nothing is known: rows of zeros."""
     keep = np.linalg.norm(features.values, axis=1) > 1e-9
-    return GeneFeatures(features.source, features.genes[keep], features.values[keep])
+    return replace(features, genes=features.genes[keep], values=features.values[keep])
 
 
 def known(features: Sequence[GeneFeatures], names: Sequence[str]) -> np.ndarray:
@@ -195,13 +197,13 @@ def coexpression(sums: CellSums, dimensions: int) -> np.ndarray:
 
 
 def load_features(
-    source: FeatureSource, anchors: Sequence[str], others: Sequence[str] = (), aliases: Mapping[str, str] | None = None
+    source: FeatureSource, anchors: Sequence[str], others: Sequence[str] = (), aliases: Mapping[str, Sequence[str]] | None = None
 ) -> GeneFeatures | None:
     """Features of a file source for anchors (genes of training perturbations) and other genes (targets).
 
-    aliases: name in use -> name in the file, for what the rules of `match_symbols` do not find. None when the source knows
-    no anchor, so that nothing can be located by it (logged). Raises UserError for a file that is not what its kind says,
-    and when it shares no symbol at all with the genes asked for.
+    aliases: name in use -> other names of the gene, see `match_symbols`. None when the source knows no anchor, so that
+    nothing can be located by it (logged). Raises UserError for a file that is not what its kind says, and when it shares no
+    symbol at all with the genes asked for.
     """
     path = Path(source.path)
     if not path.is_file():
@@ -221,7 +223,7 @@ def load_features(
     if not anchor.any():
         logger.warning("features %s: no gene of a training perturbation is in it, the source is not used", source.name)
         return None
-    return nonzero(GeneFeatures(source.name, genes, project(rows, anchor, source.dimensions)))
+    return nonzero(GeneFeatures(source.name, genes, project(rows, anchor, source.dimensions), match))
 
 
 def _listed(names: Sequence[str], n: int = 12) -> str:
@@ -301,6 +303,12 @@ def read_gmt(path: str | Path) -> dict[str, list[str]]:
     if not sets:
         raise UserError("the file has no gene set", where=str(path), fix="give a .gmt file for a source of kind gene_sets")
     return sets
+
+
+def gmt_descriptions(path: str | Path) -> dict[str, str]:
+    """Second field of each set of a .gmt or .gmt.gz file, by the set's name; the name itself where it is empty."""
+    fields = [line.rstrip("\r\n").split("\t") for line in _lines(path) if line.strip()]
+    return {field[0]: field[1].strip() or field[0] for field in fields}
 
 
 def _lines(path: str | Path) -> list[str]:
@@ -403,12 +411,12 @@ ENSEMBL = re.compile(r"^(ENS[A-Z]*G\d{6,})\.\d+$")
 
 
 def match_symbols(
-    wanted: Iterable[str], available: Sequence[str], aliases: Mapping[str, str] | None = None
+    wanted: Iterable[str], available: Sequence[str], aliases: Mapping[str, Sequence[str]] | None = None
 ) -> tuple[dict[str, str], list[str]]:
     """Names in use -> names of a source, and the names that were not found.
 
-    In this order: the same name; `aliases`; the name without an ENSEMBL version; renamed families (MARCH8, MARCHF8);
-    a dot for a hyphen (R's HLA.A); then all of these without regard to case where that is unambiguous.
+    In this order: the same name; `aliases` (other names of the gene, the first that is there); the name without an ENSEMBL version;
+    renamed families (MARCH8, MARCHF8); a dot for a hyphen (R's HLA.A); then all of these without regard to case where that is unambiguous.
     """
     exact = set(available)
     folded: dict[str, str | None] = {}
@@ -428,9 +436,45 @@ def match_symbols(
     return match, missing
 
 
-def _variants(name: str, aliases: Mapping[str, str]) -> list[str]:
-    out = [name, *([aliases[name]] if name in aliases else []), ENSEMBL.sub(r"\1", name)]
+def _variants(name: str, aliases: Mapping[str, Sequence[str]]) -> list[str]:
+    out = [name, *aliases.get(name, ()), ENSEMBL.sub(r"\1", name)]
     for pattern, forms in RENAMED:
         if found := pattern.match(name.upper()):
             out += [form.format(found.group(1)) for form in forms]
     return [*out, name.replace(".", "-")]
+
+
+def read_aliases(path: str | Path) -> dict[str, list[str]]:
+    """Gene name -> its other names, from a table of two names of one gene a row (config datasets.*.aliases), either of which may be in use.
+
+    Its first two columns count. Raises UserError for a file that is no such table.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError("file not found", where=str(path), fix="correct the path under datasets.<name>.aliases")
+    frame = _read_table(path, header=0)
+    if frame.shape[1] < 2:
+        found = f"{frame.shape[1]} column(s), expected two: names of the same gene"
+        raise UserError(found, where=str(path), fix="separate them by comma (.csv) or tab (.tsv), under a header")
+    out: dict[str, list[str]] = {}
+    for one, two in frame.iloc[:, :2].dropna().astype(str).itertuples(index=False):
+        for name, other in ((one.strip(), two.strip()), (two.strip(), one.strip())):
+            if name and other and name != other and other not in out.setdefault(name, []):
+                out[name].append(other)
+    return out
+
+
+def names_frame(
+    sources: Mapping[str, GeneFeatures | None], training: Iterable[str], others: Iterable[str], aliases: Mapping[str, Sequence[str]]
+) -> pd.DataFrame:
+    """Rows of contract `gene_names`: the genes of training perturbations, and others (targets), in each source (None: it knows none)."""
+    training = set(training)
+    records = []
+    for source, features in sources.items():
+        names, used = (features.names, set(features.genes)) if features is not None else ({}, set())
+        for gene in sorted(training | set(others)):
+            found = names.get(gene, "")
+            rule = "missing" if not found else "same" if found == gene else "alias" if found in aliases.get(gene, ()) else "variant"
+            role = "training" if gene in training else "target"
+            records.append({"source": source, "gene": gene, "role": role, "name": found, "rule": rule, "used": gene in used})
+    return pd.DataFrame(records, columns=["source", "gene", "role", "name", "rule", "used"])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -15,11 +16,22 @@ from dbdiffusion.config.datasets import FeatureSource
 from dbdiffusion.config.embedding import ClustersConfig, EmbeddingConfig, LocationConfig
 from dbdiffusion.data.sets import CONTROL, EffectSet, LocationSet
 from dbdiffusion.data.splits import Splits, parts, without
+from dbdiffusion.perturbations.abstention import abstain, coverage, threshold
 from dbdiffusion.perturbations.clusters import clusters_frame, gene_clusters, perturbation_clusters
-from dbdiffusion.perturbations.combine import Additivity, locate_all
+from dbdiffusion.perturbations.combine import Sums, Trial, groups_of, kind_of, locate_all
 from dbdiffusion.perturbations.embedding import Embedding, embed, scaled_effects, training_of
-from dbdiffusion.perturbations.features import COEXPRESSION, CellSums, GeneFeatures, cell_sums, coexpression, load_features, nonzero
-from dbdiffusion.perturbations.locators import Clustering, Fold, Known, Locator, Ranked, candidates, rank
+from dbdiffusion.perturbations.features import (
+    COEXPRESSION,
+    CellSums,
+    GeneFeatures,
+    cell_sums,
+    coexpression,
+    load_features,
+    names_frame,
+    nonzero,
+    read_aliases,
+)
+from dbdiffusion.perturbations.locators import Clustering, Fold, Known, Locator, Ranked, candidates, place, rank
 from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.seeds import rng
 
@@ -119,7 +131,9 @@ class Learner:
         loadings = cache(lambda: self.loadings(learned))
         if self.coexpression_dimensions is not None:
             values = loadings()[:, : self.coexpression_dimensions]
-            features = {COEXPRESSION: nonzero(GeneFeatures(COEXPRESSION, genes, values)), **features}
+            own = nonzero(GeneFeatures(COEXPRESSION, genes, values))
+            # Unlike a file, cells know nothing of a gene without features: it is not expressed.
+            features = {COEXPRESSION: replace(own, names={gene: gene for gene in own.genes}), **features}
 
         def cluster() -> Clustering:
             labels = perturbation_clusters(self.embedding(learned).scores, self.clusters, self.seed)
@@ -142,8 +156,10 @@ def write_locations(
     locations: str | Path,
     out_clusters: str | Path,
     gene_features: str | Path,
+    gene_names: str | Path,
+    aliases: str | Path | None = None,
 ) -> None:
-    """Locate a fold's targets and pseudo-targets; write contracts `locations`, `clusters` and `gene_features`.
+    """Locate a fold's targets and pseudo-targets; write contracts `locations`, `clusters`, `gene_features` and `gene_names`.
 
     Fit `all` places targets over all training perturbations, and each pseudo-target over the others, with features, clusters
     and locator that its cross-fit fold's cells had no part in. Fit q places the pseudo-targets of model q and the targets
@@ -152,10 +168,15 @@ def write_locations(
     measured, split = EffectSet.read(effects), Splits.read(splits)
     plan = Plan.make(measured, split, fold, seed)
     targets = split.targets(fold)
-    learner = make_learner(cells, measured, plan, targets, features, location, clusters, seed)
+    other_names = read_aliases(aliases) if aliases else {}
+    learner = make_learner(cells, measured, plan, targets, features, location, clusters, seed, other_names)
     locators = candidates(location, [source.name for source in features if source.name in known_sources(learner)])
-    LocationSet.write(locate_fold(learner, locators, targets, MIXTURE.get(location.locator, "no")), locations)
+    fits = locate_fold(learner, locators, targets, MIXTURE.get(location.locator, "no"))
+    LocationSet.write(fits | {ALL: with_abstention(fits[ALL], measured, location)}, locations)
     contracts.GENE_FEATURES.write(features_frame(learner, targets), gene_features)
+    known = learner.known(plan.training).features
+    genes = [{gene for name in names for gene in parts(name)} for names in (plan.training, targets)]
+    contracts.GENE_NAMES.write(names_frame({s.name: known.get(s.name) for s in features}, *genes, other_names), gene_names)
     scores = learner.embedding(plan.training).scores
     frame = clusters_frame(measured.perturbations, scores, measured.genes, learner.loadings(plan.training), clusters, seed)
     contracts.CLUSTERS.write(frame, out_clusters)
@@ -170,13 +191,15 @@ def make_learner(
     location: LocationConfig,
     clusters: ClustersConfig,
     seed: int,
+    aliases: Mapping[str, Sequence[str]] | None = None,
 ) -> Learner:
-    """Read the feature files, and the training and control cells once, in groups that are always learned from together."""
+    """Read the feature files, by genes' names or their aliases, and the training and control cells once, in groups that are always
+    learned from together."""
     anchors = singles(plan.training)
     others = sorted({gene for name in [*plan.training, *targets] for gene in parts(name)} - set(anchors))
     fixed = {}
     for source in features:
-        if source.kind != "coexpression" and (found := load_features(source, anchors, others)) is not None:
+        if source.kind != "coexpression" and (found := load_features(source, anchors, others, aliases)) is not None:
             fixed[source.name] = found
     own = [source.dimensions for source in features if source.kind == "coexpression"]
     groups = learning_groups(plan)
@@ -213,10 +236,67 @@ def choose(learner: Learner, locators: Sequence[Locator], model: str | None, mix
     return ranking
 
 
-def additivity(learner: Learner, learned: Sequence[str]) -> Additivity:
-    """How often the sum of measured parts is the better guess for the measured combinations among these perturbations."""
-    values = scaled_effects(learner.effects.subset(list(learned)), "standard_error")[0]
-    return Additivity.measure(dict(zip(learned, values, strict=True)))
+def learn_sums(learner: Learner, ranking: Sequence[Ranked], model: str | None) -> Sums:
+    """How combinations are summed in the whole fold (none), or in a model without its pseudo-targets' cells."""
+    learned = learner.plan.training if model is None else learner.plan.models[model][0]
+    values = dict(zip(learned, scaled_effects(learner.effects.subset(learned), "standard_error")[0], strict=True))
+    strength = {name: float(np.linalg.norm(values[name])) for name in singles(learned)}
+    return Sums.learn(list(combination_trials(learner, ranking, model, values, strength)), strength)
+
+
+def combination_trials(
+    learner: Learner, ranking: Sequence[Ranked], model: str | None, values: Mapping[str, np.ndarray], strength: Mapping[str, float]
+) -> Iterator[Trial]:
+    """Measured combinations predicted from their parts, each measured part taken as measured and as unmeasured.
+
+    A part is located in the fold of the choice in which it, or else another part of the combination, is a query: without its own cells
+    and those of the combination. (Where no part was measured alone, co-expression knows the combination's cells among all others.)
+    No other part of the combination is among its neighbours, since it would not be there if it were unmeasured too.
+    """
+    folds = learner.plan.choice(model)
+    mean = np.mean(list(values.values()), axis=0)
+    home = {query: number for number, (_, queries) in enumerate(folds) for query in queries}
+    wanted: dict[int, set[str]] = {}
+    for name in (name for name in values if len(parts(name)) > 1):
+        for gene in parts(name):
+            wanted.setdefault(_home(gene, name, home), set()).add(gene)
+    places = {}
+    for number in [number for number in wanted if folds]:
+        known = learner.known(folds[number][0])
+        placed = place(sorted(wanted[number]), known, ranking)
+        effects = np.array([values[name] for name in known.measured])
+        for row, gene in enumerate(sorted(wanted[number])):
+            places[number, gene] = (known.measured, effects, placed.weights[row], float(placed.confidence[row]), placed.reasons[row])
+    for name in (name for name in values if len(parts(name)) > 1):
+        base = float(((values[name] - mean) ** 2).sum())
+        for own, located in _ways(parts(name), strength):
+            found = {gene: places.get((_home(gene, name, home), gene)) for gene in located}
+            if any(place is None or place[-1] for place in found.values()):
+                continue
+            effect = {gene: values[gene] for gene in own} | {gene: _effect(*place[:3], parts(name)) for gene, place in found.items()}
+            terms = np.array([np.sum([effect[gene] for gene in group], axis=0) for group in groups_of(own, located, strength)])
+            score = min((place[3] for place in found.values()), default=1.0)
+            yield Trial(name, kind_of(len(own), len(located)), terms, values[name], base, score)
+
+
+def _home(gene: str, combination: str, home: Mapping[str, int]) -> int:
+    """The fold of the choice that knows neither the gene's cells nor the combination's."""
+    return next((home[name] for name in (gene, *parts(combination)) if name in home), 0)
+
+
+def _ways(genes: Sequence[str], measured: Mapping[str, float]) -> Iterator[tuple[list[str], list[str]]]:
+    """(parts taken as measured, parts to locate) of a combination: all there are of two parts; of more, those that are measured."""
+    own = [gene for gene in genes if gene in measured]
+    for hidden in itertools.product((False, True), repeat=len(own)) if len(genes) == 2 else [(False,) * len(own)]:
+        taken = [gene for gene, hide in zip(own, hidden, strict=True) if not hide]
+        yield taken, [gene for gene in genes if gene not in taken]
+
+
+def _effect(measured: Sequence[str], effects: np.ndarray, weights: np.ndarray, barred: Sequence[str]) -> np.ndarray:
+    """(G,) located effect, the weights of barred neighbours given to the others."""
+    free = np.where([name in barred for name in measured], 0.0, weights)
+    left = free.sum()
+    return (free * (weights.sum() / left) if abs(left) > 1e-9 else weights) @ effects
 
 
 def locate_fold(learner: Learner, locators: Sequence[Locator], targets: Sequence[str], mixture: str = "compare") -> dict[str, LocationSet]:
@@ -225,19 +305,38 @@ def locate_fold(learner: Learner, locators: Sequence[Locator], targets: Sequence
     everyone = learner.effects.perturbations
     whole = plan.training
     ranking = choose(learner, locators, None, mixture)
-    sums = additivity(learner, whole)
+    sums = learn_sums(learner, ranking, None)
     pieces = [locate_all(targets, ["target"] * len(targets), learner.known(whole), ranking, singles(whole), sums, everyone)]
     fits: dict[str, LocationSet] = {}
     for q, (learned, pseudo) in plan.models.items():
         if q == ALL:
             continue
-        ranking, sums = choose(learner, locators, q, mixture), additivity(learner, learned)
+        ranking = choose(learner, locators, q, mixture)
+        sums = learn_sums(learner, ranking, q)
         queries, roles = [*pseudo, *targets], ["pseudo"] * len(pseudo) + ["target"] * len(targets)
         fits[q] = locate_all(queries, roles, learner.known(learned), ranking, singles(learned), sums, pd.Index(learned))
         # For debiasing, the other pseudo-targets of the fold may be neighbours, but they taught neither features nor choice.
         known = learner.known(learned, measured=whole)
         pieces.append(locate_all(pseudo, ["pseudo"] * len(pseudo), known, ranking, singles(learned), sums, everyone))
     return {ALL: _joined(pieces), **fits}
+
+
+def with_abstention(located: LocationSet, effects: EffectSet, location: LocationConfig) -> LocationSet:
+    """The locations that debiasing uses, targets of too little confidence made not locatable (config location.min_confidence).
+
+    Locations inside the cross-fit models stay: a threshold that pseudo-targets give has seen the cells of every cross-fit fold.
+    """
+    if location.min_confidence != "auto":
+        return abstain(located, location.min_confidence)
+    info = located.info
+    pseudo = ((info["role"] == "pseudo") & (info["status"] == "located") & (info["kind"] == "single")).to_numpy()
+    values = scaled_effects(effects, "standard_error")[0]
+    truth = values[effects.perturbations.get_indexer(located.queries[pseudo])]
+    covered = coverage(located.weights[pseudo, :-1], values, truth, location.coverage)
+    minimum = threshold(info["confidence"].to_numpy(dtype=float)[pseudo], covered, location.coverage)
+    share = f"{covered.mean():.3f}" if len(covered) else "unknown"
+    logger.info("coverage of all %d pseudo-targets %s, smallest confidence with nominal coverage %.3g", len(covered), share, minimum)
+    return abstain(located, minimum, ("single",))
 
 
 def _joined(pieces: Sequence[LocationSet]) -> LocationSet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Protocol
 
@@ -198,8 +198,15 @@ class RidgeLocator:
 
 
 def _unknown_reasons(features: Sequence[GeneFeatures], queries: Sequence[str], sources: Sequence[str]) -> list[str]:
-    there = known(features, queries)
-    return ["" if found else f"gene {query} has no features in {', '.join(sources)}" for query, found in zip(queries, there, strict=True)]
+    there, listed = known(features, queries), ", ".join(sources)
+    annotated = {name for source in features for name in source.names}
+
+    def reason(query: str) -> str:
+        if query in annotated:
+            return f"nothing in {listed} about gene {query} is shared with a measured one"
+        return f"gene {query} is not in {listed}"
+
+    return ["" if found else reason(query) for query, found in zip(queries, there, strict=True)]
 
 
 def candidates(config: LocationConfig, sources: Sequence[str]) -> list[Locator]:
@@ -218,6 +225,10 @@ def candidates(config: LocationConfig, sources: Sequence[str]) -> list[Locator]:
 # --- choice and confidence ---------------------------------------------------------------------------------------------
 
 
+SCORE_DIGITS = 9
+"""Digits of a locator's score that count."""
+
+
 @dataclass(frozen=True)
 class Confidence:
     """Chance, by cross-fitting, that the located neighbour mean is closer to a perturbation's effects than the training mean,
@@ -232,6 +243,8 @@ class Confidence:
         """score, better: (R,) of cross-fitted queries that were located."""
         if not len(score):
             return cls(np.zeros(1), np.full(1, 0.5))
+        # Scores that differ in their last bits alone are equal: isotonic regression would divide by their difference.
+        score = np.round(score, SCORE_DIGITS)
         raw = IsotonicRegression(y_min=0, y_max=1).fit(score, better.astype(float)).predict(score)
         _, step = np.unique(raw, return_inverse=True)
         wins, size = np.bincount(step, weights=better), np.bincount(step)
@@ -247,11 +260,12 @@ class Confidence:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A locator with its cross-fitted error (relative to the training mean's) and confidence."""
+    """A locator with its cross-fitted error (relative to the training mean's), in all and by fold, and confidence."""
 
     locator: Locator
     error: float
     confidence: Confidence
+    by_fold: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -272,6 +286,8 @@ def rank(locators: Sequence[Locator], folds: Sequence[Fold], mixture: Literal["n
 
     Where a locator cannot locate a query it is charged the training mean's error, so that all are judged on the same queries.
     mixture: leave out the locators' stack; let it and the training mean compete; or put the stack before all of them.
+    In the competition all are judged alike: the best single locator, too, by the error of the one that the other folds choose.
+    The smallest of many errors promises too much: with few perturbations it beat the stack and the training mean where both were better.
     """
     trial = _Trial.of(folds)
     out = [trial.judge(locator) for locator in locators]
@@ -284,13 +300,22 @@ def rank(locators: Sequence[Locator], folds: Sequence[Fold], mixture: Literal["n
     if mixture == "first":
         return [mixed, *ranking]
     # The training mean comes first, as the simplest: where no source helps, it is the honest place.
-    return _sorted([trial.judge(StackLocator((), ())), *out, mixed])
+    mean, best = trial.judge(StackLocator((), ())), replace(ranking[0], error=_error_of_choice(out))
+    first = _sorted([mean, best, mixed])[0]
+    return [first, *(one for one in _sorted([mean, *out, mixed]) if one.locator is not first.locator)]
 
 
 def _sorted(ranked: Sequence[Ranked]) -> list[Ranked]:
     best = min(one.error for one in ranked)
     # Stable sort: among those within TIE of the best the given order decides.
     return sorted(ranked, key=lambda one: best if one.error <= best * (1 + TIE) else one.error)
+
+
+def _error_of_choice(ranked: Sequence[Ranked]) -> float:
+    """Relative error of choosing the locator: on each fold that of the one with the smallest error on the others."""
+    errors = np.array([one.by_fold for one in ranked])
+    others = errors.sum(axis=1, keepdims=True) - errors
+    return float(errors[others.argmin(axis=0), np.arange(errors.shape[1])].sum())
 
 
 @dataclass(frozen=True)
@@ -309,18 +334,19 @@ class _Trial:
 
     def judge(self, locator: Locator, by_fold: Sequence[Locator] | None = None) -> Ranked:
         """Error and confidence of a locator; by_fold: what stands for it in each fold, where it learned something from the others."""
-        error, scores, better = 0.0, [np.zeros(0)], [np.zeros(0, dtype=bool)]
+        errors, scores, better = [], [np.zeros(0)], [np.zeros(0, dtype=bool)]
         used = by_fold or [locator] * len(self.folds)
         for fold, one, (inner, cross, square), base in zip(self.folds, used, self.products, self.baseline, strict=True):
             located = one.locate(fold.queries, fold.known)
             w = located.weights
             distance = np.maximum(square - 2 * (w * cross).sum(axis=1) + ((w @ inner) * w).sum(axis=1), 0.0)
             there = located.reasons == ""
-            error += float(np.where(there, distance, base).sum())
+            errors.append(float(np.where(there, distance, base).sum()))
             scores.append(located.score[there])
             better.append((distance < base * (1 - 1e-9))[there])
         total = sum(float(base.sum()) for base in self.baseline) or 1.0
-        return Ranked(locator, error / total, Confidence.fit(np.concatenate(scores), np.concatenate(better)))
+        confidence = Confidence.fit(np.concatenate(scores), np.concatenate(better))
+        return Ranked(locator, sum(errors) / total, confidence, tuple(error / total for error in errors))
 
     def mix(self, ranking: Sequence[Ranked]) -> Ranked:
         """The stack of all locators, judged in each fold with the shares that the other folds give."""
@@ -342,7 +368,8 @@ def _uniform(queries: Sequence[str], measured: Sequence[str]) -> np.ndarray:
 @dataclass(frozen=True)
 class StackLocator:
     """Mixture of locators and of the training mean, which has the share the members leave and stands in for a member that cannot
-    locate a query. A gene that some source knows but no member locates stands at the training mean, with the least score.
+    locate a query. A gene that some source knows but no member locates, perhaps because what is known of it is shared
+    with no measured gene, stands at the training mean, with the least score.
     Score: the members' confidences, weighted by their shares."""
 
     members: tuple[Ranked, ...]
@@ -359,7 +386,9 @@ class StackLocator:
         uniform = _uniform(queries, known_.measured)
         weights, score = (1 - sum(self.shares)) * uniform, np.zeros(len(queries))
         features = list(known_.features.values())
+        annotated = {name for source in features for name in source.names}
         reasons = np.array(_unknown_reasons(features, queries, list(known_.features)), dtype=object)
+        reasons[[query in annotated for query in queries]] = ""
         for member, share in zip(self.members, self.shares, strict=True):
             located = member.locator.locate(queries, known_)
             there = located.reasons == ""
