@@ -20,4 +20,5 @@ with stage_log(snakemake.log[0]):
         seed=int(snakemake.wildcards.seed),
         generated=snakemake.output.generated,
         means=snakemake.output.means,
+        guidance=snakemake.input.get("guidance") or None,
     )

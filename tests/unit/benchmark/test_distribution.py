@@ -73,6 +73,35 @@ def test_concordance_is_one_only_for_equality():
     assert np.isnan(distribution.concordance(np.zeros(5), np.zeros(5)))
 
 
+def test_gene_correlations_are_those_of_the_leading_genes():
+    random = np.random.default_rng(6)
+    shared = random.normal(size=(400, 1))
+    cells = np.hstack([shared + random.normal(size=(400, 30)), random.normal(0, 0.1, (400, 60))])
+    axes = distribution.fit_axes(cells, 1)
+    found = distribution.gene_correlations(cells, axes)
+    leading = np.argsort(-(axes.axes[:, 0] ** 2))[: distribution.CORRELATED_GENES]
+    expected = np.corrcoef(cells[:, leading].T)[np.triu_indices(len(leading), 1)]
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+    assert set(range(30)) <= set(leading.tolist())
+    cells[:, leading[0]] = 1.0
+    assert np.isfinite(distribution.gene_correlations(cells, axes)).all()
+
+
+def test_effect_slope_is_free_of_the_noise_of_what_was_observed():
+    """Predictions that are 0.8 of the truth have slope 0.8, however noisy the halves; plain regression is attenuated."""
+    random = np.random.default_rng(7)
+    true = random.normal(0, 0.3, (40, 200))
+    a, b = (true + random.normal(0, 0.6, true.shape) for _ in range(2))
+    predicted = 0.8 * true + random.normal(0, 0.1, true.shape)
+    slope = distribution.effect_slope(predicted, observed=b, replicate=a)
+    assert slope.mean() == pytest.approx(0.8, abs=0.08)
+    assert (predicted * b).sum() / (b * b).sum() < 0.3
+    assert distribution.effect_slope(a, observed=b, replicate=a).mean() == pytest.approx(1.0)
+    predicted[3] = np.nan
+    assert np.isnan(distribution.effect_slope(predicted, observed=b, replicate=a)).tolist() == [i == 3 for i in range(40)]
+    assert np.isnan(distribution.effect_slope(predicted, observed=-a, replicate=a)).all()
+
+
 def test_axes_match_svd_and_limit_components():
     cells = np.random.default_rng(4).normal(size=(30, 8)) @ np.diag(np.arange(1, 9))
     axes = distribution.fit_axes(cells, 3)
@@ -93,6 +122,7 @@ def test_compare_needs_cells_and_rewards_the_right_zeros():
     good, bad = distribution.compare(same, observed, **options), distribution.compare(smooth, observed, **options)
     assert good["variance_agreement"] > 0.9 > 0.2 > bad["variance_agreement"]
     assert good["zero_fraction_agreement"] > 0.95 > bad["zero_fraction_agreement"]
+    assert good["mean_agreement"] > 0.95 and bad["mean_agreement"] > 0.95
     assert good["energy_distance"] < bad["energy_distance"]
     assert good["two_sample_auc"] < bad["two_sample_auc"]
     assert all(np.isnan(v) for v in distribution.compare(same[:9], observed, **options).values())

@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 
 VAE = VaeConfig(hidden=[32], latent=6, max_epochs=3, batch_size=64, likelihood="nb")
 DIFFUSION = DiffusionConfig(widths=[32, 16], max_epochs=3, batch_size=64)
-GENERATION = GenerationConfig(steps=20, cells=40, cells_kept=15)
+GENERATION = GenerationConfig(steps=20, guidance=0.0, cells=40, cells_kept=15)
 
 
 @dataclass(frozen=True)

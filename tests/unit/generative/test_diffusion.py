@@ -12,6 +12,7 @@ from dbdiffusion.generative.networks import seeded
 from dbdiffusion.generative.samplers import SAMPLERS
 
 CPU = torch.device("cpu")
+STRENGTHS = torch.tensor([0.5, 0.0, 1.5])
 
 
 def network(null_token: str = "learned") -> Denoiser:
@@ -31,9 +32,11 @@ def test_perturbations_at_once_are_the_same_as_one_by_one() -> None:
     made, stream = network(), torch.Generator().manual_seed(0)
     y, conditions = torch.randn(3, 10, 6, generator=stream), torch.randn(3, 4, generator=stream)
     objective = Objective.make(DiffusionConfig(), CPU)
-    together = epsilon_of(made, objective, conditions, 0.5)(y, 300)
+    together = epsilon_of(made, objective, conditions, STRENGTHS)(y, 300)
     for i in range(3):
-        torch.testing.assert_close(epsilon_of(made, objective, conditions[i : i + 1], 0.5)(y[i : i + 1], 300)[0], together[i])
+        torch.testing.assert_close(
+            epsilon_of(made, objective, conditions[i : i + 1], STRENGTHS[i : i + 1])(y[i : i + 1], 300)[0], together[i]
+        )
 
 
 def test_null_token_is_its_own_or_the_zero_condition() -> None:
@@ -104,7 +107,7 @@ def test_two_conditions_are_learned_and_generated(prediction: str) -> None:
         return torch.randn(800, 2, generator=torch.Generator().manual_seed(number))
 
     with torch.no_grad():
-        epsilon = epsilon_of(made, Objective.make(config, CPU), latents.conditions, 0.0)
+        epsilon = epsilon_of(made, Objective.make(config, CPU), latents.conditions, torch.zeros(2))
         got = SAMPLERS["accelerated"](epsilon, sampling_schedule(config, "accelerated", 50), start, draw)
     for k in range(2):
         real = mean[label == k]

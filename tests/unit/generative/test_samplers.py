@@ -110,5 +110,5 @@ def test_guidance_is_extrapolation_and_spares_the_null_call_at_zero() -> None:
         raise AssertionError("not needed")
 
     y = torch.ones(2)
-    assert torch.equal(guided(lambda y, t: 3 * y, null, 0.0)(y, 1), 3 * y)
-    assert torch.allclose(guided(lambda y, t: 3 * y, lambda y, t: y, 0.5)(y, 1), 1.5 * 3 * y - 0.5 * y)
+    assert torch.equal(guided(lambda y, t: 3 * y, null, torch.zeros(1))(y, 1), 3 * y)
+    assert torch.allclose(guided(lambda y, t: 3 * y, lambda y, t: y, torch.tensor([0.5]))(y, 1), 1.5 * 3 * y - 0.5 * y)

@@ -7,15 +7,18 @@ from pathlib import Path
 import anndata as ad
 import numpy as np
 import pytest
+import torch
 
 from dbdiffusion.data.sets import EffectSet, MeanSet
 from dbdiffusion.data.splits import Splits
+from dbdiffusion.generative import checkpoint
 from dbdiffusion.generative.diffusion import write_diffusion
 from dbdiffusion.generative.generate import write_generated
 from dbdiffusion.generative.merge import write_merged
+from dbdiffusion.generative.tuning import STRENGTHS, Trial, write_trial
 from dbdiffusion.generative.vae import write_vae
 from dbdiffusion.runtime.errors import UserError
-from dbdiffusion.runtime.files import read_json
+from dbdiffusion.runtime.files import read_json, write_json
 
 
 def chain(screen, crossfit: str, folder: Path, cells: Path | None = None) -> dict[str, Path]:
@@ -115,6 +118,45 @@ def test_merge(screen, models: list[dict[str, Path]], tmp_path: Path) -> None:
         assert mine.sum() == screen.generation.cells_kept
         assert abs((cells.obs.loc[mine, "crossfit"] == "0").sum() - mine.sum() / 2) <= 1
     assert cells.obs_names.is_unique
+
+
+def test_tuned_rows_are_those_of_their_strength(screen, models: list[dict[str, Path]], tmp_path: Path) -> None:
+    """From trial to cells: pseudo-targets as if their strength had been configured, the control as without guidance."""
+    files = models[0]
+    # So little training leaves conditions without effect: other weights make them matter.
+    weights, _ = checkpoint.load(files["diffusion.safetensors"])
+    weights["denoiser.out.weight"] = torch.randn(weights["denoiser.out.weight"].shape, generator=torch.Generator().manual_seed(0)) / 5
+    checkpoint.save(tmp_path / "diffusion.safetensors", weights)
+    model = {
+        "embedding": screen.embedding("0", "0"),
+        "effects": screen.effects,
+        "vae": files["vae.safetensors"],
+        "vae_record": files["vae.json"],
+        "diffusion": tmp_path / "diffusion.safetensors",
+        "diffusion_record": files["diffusion.json"],
+        "device": "cpu",
+        "seed": 3,
+    }
+    write_trial(**model, config=screen.generation, out=tmp_path / "trial.json")
+    trial = Trial.read(tmp_path / "trial.json")
+    kept = set(EffectSet.read(screen.effects).perturbations)
+    assert set(trial.pseudo) == set(Splits.read(screen.splits).inner("0", "0")) & kept
+    assert 0 < len(trial.seen) <= 6 and not set(trial.seen) & set(trial.pseudo)
+    error = np.array([*trial.pseudo.values(), *trial.seen.values()])
+    assert error.shape[1] == len(STRENGTHS) and (np.ptp(error, axis=1) > 1e-6).all()
+    write_json(tmp_path / "guidance.json", {"targets": 0.0, "models": {"0": 0.75}, "seen": 0.0})
+    made = {}
+    for name, guidance in (("tuned", "tuned"), ("fixed", 0.75), ("plain", 0.0)):
+        config = screen.generation.model_copy(update={"guidance": guidance})
+        paths = {"generated": tmp_path / f"{name}.h5ad", "means": tmp_path / f"{name}.parquet"}
+        write_generated(**model, **paths, config=config, guidance=tmp_path / "guidance.json")
+        made[name] = MeanSet.read(paths["means"])
+    plain, tuned, fixed = made["plain"], made["tuned"], made["fixed"]
+    pseudo, control = tuned.roles == "pseudo", tuned.roles == "control"
+    np.testing.assert_allclose(tuned.mean[pseudo], fixed.mean[pseudo], rtol=1e-5)
+    np.testing.assert_allclose(tuned.mean[~pseudo], plain.mean[~pseudo], rtol=1e-5)
+    np.testing.assert_allclose(fixed.mean[control], plain.mean[control], rtol=1e-5)
+    assert np.abs(fixed.mean[~control] - plain.mean[~control]).max() > 1e-3
 
 
 def test_another_panel_is_refused(screen, models: list[dict[str, Path]], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Are generated cells distributed like measured cells? Two-sample distances in a fixed PCA, and per-gene variance and zeros.
+"""Are generated cells distributed like measured cells? Two-sample distances in a fixed PCA, and moments of genes.
 
 All functions take samples as (cells x coordinates) arrays. Distances are U-statistics: their expectation is 0 for two samples of one
 distribution whatever the numbers of cells, so a small sample is not penalised (and a value can fall below 0).
@@ -18,6 +18,8 @@ MIN_CELLS = 10
 MEDIAN_CELLS = 500
 """Cells for the median heuristic."""
 FOLDS = 5
+CORRELATED_GENES = 50
+"""Genes whose correlations are compared: those of largest loading in the fixed PCA."""
 
 
 @dataclass(frozen=True)
@@ -100,13 +102,40 @@ def concordance(a: np.ndarray, b: np.ndarray) -> float:
     return float(2 * ((a - a.mean()) * (b - b.mean())).mean() / below) if below > 1e-18 else float("nan")
 
 
+def gene_correlations(cells: np.ndarray, axes: Axes) -> np.ndarray:
+    """Correlations of all pairs of the CORRELATED_GENES genes with the largest loadings; 0 with a gene that does not vary."""
+    genes = np.argsort(-np.square(axes.axes).sum(axis=1), kind="stable")[:CORRELATED_GENES]
+    centred = cells[:, genes] - cells[:, genes].mean(axis=0)
+    norm = np.sqrt(np.square(centred).sum(axis=0))
+    scaled = np.divide(centred, norm, out=np.zeros_like(centred), where=norm > 1e-12)
+    return (scaled.T @ scaled)[np.triu_indices(len(genes), 1)]
+
+
+def effect_slope(predicted: np.ndarray, *, observed: np.ndarray, replicate: np.ndarray) -> np.ndarray:
+    """(T,) whose mean is the slope of predicted on true effects (T, G), free of the sampling error of what was observed.
+
+    Regressed on observed effects, predictions are attenuated by the noise of the regressor. With half A (`replicate`) as its instrument the
+    slope is sum <p_t, b_t> / sum <a_t, b_t>, b half B (`observed`); value of t: <p_t, b_t> / mean_s <a_s, b_s>. Rows with NaN are left out;
+    NaN where the halves do not agree.
+    """
+    out, ok = np.full(len(predicted), np.nan), np.isfinite(predicted).all(axis=1)
+    shared = (replicate[ok] * observed[ok]).sum(axis=1).mean() if ok.any() else 0.0
+    if shared > 1e-12:
+        out[ok] = (predicted[ok] * observed[ok]).sum(axis=1) / shared
+    return out
+
+
 def compare(generated: np.ndarray, observed: np.ndarray, *, axes: Axes, bandwidth: float, seed: int) -> dict[str, float]:
     """All scores of one sample (n, G) against observed cells (m, G); NaN with fewer than MIN_CELLS cells in either.
 
-    variance_agreement: concordance over genes of the standard deviations; zero_fraction_agreement: of the shares of cells
-    with expression 0 (negative values of a Gaussian decoder count as 0: expression has no other meaning there).
+    mean_agreement, variance_agreement: concordance over genes of the means and of the standard deviations; zero_fraction_agreement: of the
+    shares of cells with expression 0 (negative values of a Gaussian decoder count as 0: expression has no other meaning there);
+    correlation_agreement: over pairs of genes of their correlations.
     """
-    names = ("energy_distance", "mmd", "two_sample_auc", "variance_agreement", "zero_fraction_agreement")
+    names = (
+        *("energy_distance", "mmd", "two_sample_auc"),
+        *("mean_agreement", "variance_agreement", "zero_fraction_agreement", "correlation_agreement"),
+    )
     if min(len(generated), len(observed)) < MIN_CELLS:
         return dict.fromkeys(names, float("nan"))
     x, y = axes.project(generated), axes.project(observed)
@@ -114,7 +143,9 @@ def compare(generated: np.ndarray, observed: np.ndarray, *, axes: Axes, bandwidt
         energy_distance(x, y),
         mmd(x, y, bandwidth=bandwidth),
         two_sample_auc(x, y, seed=seed),
+        concordance(generated.mean(axis=0), observed.mean(axis=0)),
         concordance(generated.std(axis=0), observed.std(axis=0)),
         concordance((generated <= 0).mean(axis=0), (observed <= 0).mean(axis=0)),
+        concordance(gene_correlations(generated, axes), gene_correlations(observed, axes)),
     )
     return dict(zip(names, values, strict=True))

@@ -29,8 +29,10 @@ HIGHER_IS_BETTER = {
     "energy_distance": False,
     "mmd": False,
     "two_sample_auc": False,
+    "mean_agreement": True,
     "variance_agreement": True,
     "zero_fraction_agreement": True,
+    "correlation_agreement": True,
 }
 """Direction of each metric. `slope` and `spread` have their best value at 1, between too little and too much."""
 

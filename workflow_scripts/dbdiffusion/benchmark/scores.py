@@ -125,7 +125,7 @@ class Pool:
         return self.values[np.sort(random.choice(len(chance), count, p=chance / chance.sum()))].toarray().astype(float)
 
 
-def _read_generated(path: str | Path, genes: pd.Index) -> Pool:
+def read_generated(path: str | Path, genes: pd.Index) -> Pool:
     """Generated cells on the panel. Raises UserError when a gene of the panel is absent."""
     import anndata
 
@@ -159,7 +159,7 @@ def score_cells(*, cells: str | Path, splits: Splits, generated: str | Path, loc
         return Pool.load(cells, names, genes, splits, limit=limit, seed=derive_seed(seed, "benchmark", "cells", *names[:1]))
 
     pool, controls, held = load(splits.training(fold.name), POOL_CELLS), load([CONTROL], AXES_CELLS), load(list(targets), TARGET_CELLS)
-    synthetic = _read_generated(generated, genes)
+    synthetic = read_generated(generated, genes)
     random = rng(seed, "benchmark", "axes", fold.name)
     anywhere, base = (source.draw(random.permutation(len(source.half)), AXES_CELLS, random) for source in (pool, controls))
     axes = distribution.fit_axes(np.vstack([anywhere, base]), fold.config.distribution_components)

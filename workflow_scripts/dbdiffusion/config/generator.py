@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from dbdiffusion.config.base import Block
 
@@ -101,9 +101,17 @@ class GenerationConfig(Block):
     """accelerated: second-order stochastic (Li et al. 2024, published); ddpm: ancestral; ddim: deterministic; dpmpp_2m: DPM-Solver++ 2M."""
     steps: int = Field(50, ge=2)
     """Denoising steps."""
-    guidance: float = Field(0.0, ge=0)
-    """Strength w of classifier-free guidance: (1 + w) conditional - w null. More than 0 exaggerates effects."""
+    guidance: Literal["tuned"] | float = "tuned"
+    """Strength w of classifier-free guidance: (1 + w) conditional - w null, which stretches effects. tuned: the strength of the smallest
+    error of pseudo-targets' effects in the fold (chosen for pseudo-targets without their own model); 0: none."""
     cells: int = Field(500, ge=10)
     """Cells generated per perturbation and cross-fit model."""
     cells_kept: int = Field(200, ge=1)
     """Of these, cells written to generated.h5ad (all enter the means)."""
+
+    @field_validator("guidance")
+    @classmethod
+    def _not_negative(cls, value: str | float) -> str | float:
+        if value != "tuned" and not value >= 0:
+            raise ValueError("must be 0 or more, or tuned")
+        return value

@@ -178,8 +178,8 @@ def fit_denoiser(
     return network.eval(), fitted
 
 
-def epsilon_of(network: Denoiser, objective: Objective, conditions: Tensor, guidance: float) -> Epsilon:
-    """Guided noise prediction for latents (R, n, coordinates) of R conditions (R, dimensions) at once."""
+def epsilon_of(network: Denoiser, objective: Objective, conditions: Tensor, guidance: Tensor) -> Epsilon:
+    """Guided noise prediction for latents (R, n, coordinates) of R conditions (R, dimensions) at once, with strengths (R,)."""
     label, null = network.embed(conditions)[:, None], network.null_label()[:, None]
 
     def predict(label: Tensor) -> Epsilon:
@@ -188,7 +188,7 @@ def epsilon_of(network: Denoiser, objective: Objective, conditions: Tensor, guid
 
         return epsilon
 
-    return guided(predict(label), predict(null), guidance)
+    return guided(predict(label), predict(null), guidance[:, None, None])
 
 
 def sampling_schedule(config: DiffusionConfig, sampler: str, steps: int) -> NoiseSchedule:

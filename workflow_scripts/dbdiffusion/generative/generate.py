@@ -7,6 +7,7 @@ of one mean alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,8 +60,8 @@ class Generator:
         return torch.Generator(self.device).manual_seed(derive_seed(self.seed, *labels))
 
     @torch.no_grad()
-    def coordinates(self, conditions: np.ndarray) -> Tensor:
-        """Sampled latents (R, cells, coordinates) of conditions (R, dimensions)."""
+    def coordinates(self, conditions: np.ndarray, guidance: np.ndarray | float) -> Tensor:
+        """Sampled latents (R, cells, coordinates) of conditions (R, dimensions), guided with one strength or (R,) strengths."""
         shape = (self.config.cells, self.denoiser.coordinates)
         values = torch.from_numpy(conditions).float().to(self.device)
 
@@ -68,7 +69,8 @@ class Generator:
             return torch.randn(shape, generator=self.stream("noise", number), device=self.device)
 
         start = draw("start").expand(len(values), *shape)
-        epsilon = epsilon_of(self.denoiser, self.objective, values, self.config.guidance)
+        strength = torch.as_tensor(guidance, dtype=torch.float32, device=self.device).expand(len(values))
+        epsilon = epsilon_of(self.denoiser, self.objective, values, strength)
         return SAMPLERS[self.config.sampler](epsilon, self.schedule, start, draw)
 
     def batches(self) -> Tensor:
@@ -92,6 +94,15 @@ class Generator:
         cells = self.vae.draw(decoded, log_library, self.stream("decoder"))
         each = cells if self.vae.counts else decoded
         return cells, each.double().mean(0).cpu().numpy(), (each.double().var(0) / len(each)).cpu().numpy()
+
+    def sampled(self, conditions: np.ndarray, guidance: np.ndarray | float) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
+        """`expression` of each of the conditions (R, dimensions), as many at once as the device takes."""
+        strength = np.full(len(conditions), guidance, dtype=np.float32)
+        at_once = max(1, CHUNK_CELLS[self.device.type] // self.config.cells)
+        for first in range(0, len(conditions), at_once):
+            part = slice(first, first + at_once)
+            for coordinates, condition in zip(self.coordinates(conditions[part], strength[part]), conditions[part], strict=True):
+                yield self.expression(coordinates, condition)
 
 
 def load_generator(
@@ -131,6 +142,24 @@ def rows_to_generate(known: Conditions, effects: EffectSet, crossfit: str) -> li
     return sorted([*unseen, *seen])
 
 
+def strengths(roles: np.ndarray, config: GenerationConfig, crossfit: str, guidance: str | Path | None) -> np.ndarray:
+    """(R,) guidance of rows by role: as configured, or as tuned (pseudo-targets without their own model's errors). The control is never
+    guided: effects are differences to cells as they are.
+
+    Raises UserError when guidance is to be tuned and no file of tuned strengths is given.
+    """
+    if config.guidance != "tuned":
+        return np.where(roles == "control", 0.0, config.guidance)
+    if guidance is None:
+        raise UserError(
+            "no tuned strengths were given", where="config key generation.guidance", fix="name a number, or run rule tune_guidance"
+        )
+    tuned = read_json(guidance)
+    return np.select(
+        [roles == "control", roles == "pseudo", roles == "train"], [0.0, tuned["models"][crossfit], tuned["seen"]], tuned["targets"]
+    )
+
+
 def write_generated(
     *,
     embedding: str | Path,
@@ -144,9 +173,11 @@ def write_generated(
     seed: int,
     generated: str | Path,
     means: str | Path,
+    guidance: str | Path | None = None,
 ) -> None:
     """Generate config.cells cells of every unseen perturbation, the control and the strongest seen ones.
 
+    guidance: the fold's tuned strengths (`tuning.write_guidance`), where config.guidance is `tuned`.
     generated: h5ad, X float32 ln(1 + CP10k), the first config.cells_kept cells of each; means: contract `means`. A perturbation without
     embedding (not locatable) is absent from both.
     """
@@ -158,17 +189,14 @@ def write_generated(
     generator = load_generator(vae, vae_record, diffusion, diffusion_record, config, device, seed)
     known = Conditions.read(embedding)
     known = known.take(rows_to_generate(known, panel, about["crossfit"]))
+    strength = strengths(known.roles, config, about["crossfit"], guidance)
     kept, mean, variance = [], [], []
     with Progress(len(known.names), "generate") as progress:
-        at_once = max(1, CHUNK_CELLS[generator.device.type] // config.cells)
-        for first in range(0, len(known.names), at_once):
-            conditions = known.values[first : first + at_once]
-            for coordinates, condition in zip(generator.coordinates(conditions), conditions, strict=True):
-                cells, m, v = generator.expression(coordinates, condition)
-                kept.append(cells[: config.cells_kept].cpu().numpy())
-                mean.append(m)
-                variance.append(v)
-                progress.update(1)
+        for cells, m, v in generator.sampled(known.values, strength):
+            kept.append(cells[: config.cells_kept].cpu().numpy())
+            mean.append(m)
+            variance.append(v)
+            progress.update(1)
     MeanSet(known.names, known.roles, panel.genes, np.array(mean), np.array(variance)).write(means)
     write_cells(kept, known.names, known.roles, [about["crossfit"]] * len(kept), panel.genes, generated)
 

@@ -10,9 +10,9 @@ Epsilon = Callable[[Tensor, int], Tensor]
 """(noised latents, trained timestep) -> predicted noise of the same shape."""
 
 
-def guided(conditional: Epsilon, null: Epsilon, strength: float) -> Epsilon:
-    """(1 + w) conditional - w null; `null` is not called at w = 0."""
-    if strength == 0:
+def guided(conditional: Epsilon, null: Epsilon, strength: Tensor) -> Epsilon:
+    """(1 + w) conditional - w null, w broadcasting against the latents; `null` is not called where all w are 0."""
+    if not strength.any():
         return conditional
 
     def epsilon(y: Tensor, t: int) -> Tensor:

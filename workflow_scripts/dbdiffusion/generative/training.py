@@ -317,6 +317,8 @@ def training_record(fitted: Fitted, device: torch.device, network: nn.Module) ->
         "seconds": round(fitted.seconds, 3),
         "steps_per_second": round(fitted.steps_per_second, 3),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        # Of the process, whose one job was this training; absent on a CPU.
+        **({"gpu_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)} if device.type == "cuda" else {}),
         "threads": torch.get_num_threads(),
         "versions": versions("torch", "numpy", "safetensors"),
     }
