@@ -53,6 +53,28 @@ rule location_quality:
         "../workflow_scripts/location_quality.py"
 
 
+rule location_quality_table:
+    input:
+        tables=per_fold("results/{dataset}/seed{seed}/fold{fold}/location_quality.parquet", HELD_OUT_FOLDS),
+    output:
+        table="results/{dataset}/tables/location_quality.parquet",
+    log:
+        "<logs>/{dataset}/location_quality_table.log",
+    benchmark:
+        "<benchmarks>/{dataset}/location_quality_table.tsv"
+    conda:
+        "../envs/inference.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(2000, times_input=20),
+        runtime=minutes(10),
+    params:
+        contract="location_quality",
+        code=code("concatenate.py"),
+    script:
+        "../workflow_scripts/concatenate.py"
+
+
 rule score:
     input:
         unpack(method_means),
@@ -127,3 +149,58 @@ rule compute:
         code=code("compute.py"),
     script:
         "../workflow_scripts/compute.py"
+
+
+rule cell_quality:
+    input:
+        cells="results/{dataset}/qc/cells.h5ad",
+        splits="results/{dataset}/seed{seed}/splits.json",
+        moments="results/{dataset}/seed{seed}/moments.h5ad",
+        effects="results/{dataset}/seed{seed}/fold{fold}/effects.parquet",
+        generated=f"results/{{dataset}}/seed{{seed}}/fold{{fold}}/{GENERATOR}/generated.h5ad",
+        means=f"results/{{dataset}}/seed{{seed}}/fold{{fold}}/{GENERATOR}/means.parquet",
+        seen_generated=expand(
+            "results/{{dataset}}/seed{{seed}}/fold{{fold}}/crossfit{crossfit}/generated.h5ad", crossfit=CROSSFIT
+        ),
+        seen_means=expand(
+            "results/{{dataset}}/seed{{seed}}/fold{{fold}}/crossfit{crossfit}/means.parquet", crossfit=CROSSFIT
+        ),
+    output:
+        quality="results/{dataset}/seed{seed}/fold{fold}/cell_quality.parquet",
+    log:
+        "<logs>/{dataset}/seed{seed}/fold{fold}/cell_quality.log",
+    benchmark:
+        "<benchmarks>/{dataset}/seed{seed}/fold{fold}/cell_quality.tsv"
+    conda:
+        "../envs/inference.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(4000),
+        runtime=minutes(60),
+    params:
+        config=block("benchmark"),
+        code=code("cell_quality.py"),
+    script:
+        "../workflow_scripts/cell_quality.py"
+
+
+rule cell_quality_table:
+    input:
+        tables=per_fold("results/{dataset}/seed{seed}/fold{fold}/cell_quality.parquet", HELD_OUT_FOLDS),
+    output:
+        table="results/{dataset}/tables/cell_quality.parquet",
+    log:
+        "<logs>/{dataset}/cell_quality_table.log",
+    benchmark:
+        "<benchmarks>/{dataset}/cell_quality_table.tsv"
+    conda:
+        "../envs/inference.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(2000, times_input=20),
+        runtime=minutes(10),
+    params:
+        contract="cell_quality",
+        code=code("concatenate.py"),
+    script:
+        "../workflow_scripts/concatenate.py"

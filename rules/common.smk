@@ -7,6 +7,7 @@ from snakemake.exceptions import WorkflowError
 SCRIPTS = Path(workflow.basedir) / "workflow_scripts"
 sys.path.insert(0, str(SCRIPTS))
 
+from dbdiffusion.config.checks import PERMUTED
 from dbdiffusion.config.load import config_slice, load_config
 from dbdiffusion.data.catalogue import find
 from dbdiffusion.data.peek import check_h5ad
@@ -41,11 +42,14 @@ def names_or_none(names):
     return "|".join(names) if names else "(?!)"
 
 
+DATASETS = list(CONFIG.datasets)
 SIMULATED = [name for name, block in CONFIG.datasets.items() if block.kind == "simulate"]
+# A dataset with its labels permuted goes through the same rules, from its cells on, under a name of its own.
+PERMUTED_DATASETS = [f"{name}{PERMUTED}" for name in DATASETS] if CONFIG.calibration.permuted_labels else []
 
 
 wildcard_constraints:
-    dataset=names_or_none(list(CONFIG.datasets)),
+    dataset=names_or_none([*DATASETS, *PERMUTED_DATASETS]),
     seed=r"\d+",
     fold=r"\d+|all",
     crossfit=r"\d+|all",
@@ -57,8 +61,25 @@ def block(*names):
     return config_slice(CONFIG, *names)
 
 
+def dataset_of(wildcards):
+    """The config of a dataset, also of its copy with permuted labels."""
+    return CONFIG.datasets[wildcards.dataset.removesuffix(PERMUTED)]
+
+
 def dataset_block(wildcards):
-    return CONFIG.datasets[wildcards.dataset].model_dump(mode="json")
+    return dataset_of(wildcards).model_dump(mode="json")
+
+
+def panel_block(wildcards):
+    """Block `panel`. Perturbations of permuted labels have no effect: none of them would reach a minimal one."""
+    out = block("panel")
+    return {"panel": {**out["panel"], "min_effect": 0.0}} if wildcards.dataset.endswith(PERMUTED) else out
+
+
+def twice_the_cells():
+    """Block `generation` with twice the cells; of the cells themselves none but the first is needed."""
+    generation = block("generation")["generation"]
+    return {"generation": {**generation, "cells": 2 * generation["cells"], "cells_kept": 1}}
 
 
 def code(script):
@@ -67,8 +88,9 @@ def code(script):
 
 
 def feature_files(wildcards):
-    """Files of the dataset's gene-feature sources."""
-    return [source.path for source in CONFIG.datasets[wildcards.dataset].features if source.path]
+    """Files of the dataset's gene-feature sources, and its table of aliases."""
+    dataset = dataset_of(wildcards)
+    return [path for path in (*(source.path for source in dataset.features), dataset.aliases) if path]
 
 
 def memory(minimum_mb, times_input=4):
@@ -111,7 +133,7 @@ def scratch(stage):
 def tables():
     names = ["de"]
     if HELD_OUT_FOLDS:
-        names += ["scores", "calibration", "compute"]
+        names += ["scores", "calibration", "compute", "location_quality", "cell_quality"]
     else:
         names += ["compute"]
     return expand("results/{dataset}/tables/{name}.parquet", dataset=CONFIG.run.datasets, name=names)
@@ -129,12 +151,20 @@ def figures():
         fold=FOLDS[0],
         name=["perturbation_map", "gene_map"],
     )
+    out += expand(
+        "results/{dataset}/figures/seed{seed}_fold{fold}_enrichment.png",
+        dataset=[
+            name for name in CONFIG.run.datasets if any(s.kind == "gene_sets" for s in CONFIG.datasets[name].features)
+        ],
+        seed=SEEDS[0],
+        fold=FOLDS[0],
+    )
     out += expand("results/{dataset}/report/de.html", dataset=CONFIG.run.datasets)
     if HELD_OUT_FOLDS:
         out += expand(
             "results/{dataset}/figures/{name}.png",
             dataset=CONFIG.run.datasets,
-            name=["scores", "calibration", "predicted_observed", "intervals", "location_quality"],
+            name=["scores", "calibration", "predicted_observed", "intervals", "location_quality", "cell_quality"],
         )
         out += expand(
             "results/{dataset}/figures/seed{seed}_fold{fold}_{name}.png",
@@ -189,6 +219,20 @@ def method_means(wildcards):
     }
 
 
+def further_checks(wildcards):
+    """Inputs of the calibration that not every run has: the tested predictions made from permuted labels and the means from
+    twice the cells, both of the first held-out fold of the first seed, and the truth of a simulated screen."""
+    fold = f"seed{SEEDS[0]}/fold{HELD_OUT_FOLDS[0]}" if HELD_OUT_FOLDS else ""
+    out = {}
+    if fold and CONFIG.calibration.permuted_labels:
+        out["permuted"] = f"results/{wildcards.dataset}{PERMUTED}/{fold}/de.parquet"
+    if fold and CONFIG.calibration.doubled_cells:
+        out["doubled"] = f"results/{wildcards.dataset}/{fold}/doubled/means.parquet"
+    if wildcards.dataset in SIMULATED:
+        out["truth"] = f"results/{wildcards.dataset}/raw/truth.parquet"
+    return out
+
+
 # Rules of a dataset whose cost is reported, with the benchmark files of their jobs.
 COSTS = {
     "qc": "<benchmarks>/{dataset}/qc.tsv",
@@ -204,6 +248,20 @@ COSTS = {
     "baselines": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/baselines.tsv",
     "test_de": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/test_de.tsv",
 }
+if CONFIG.generation.guidance == "tuned":
+    COSTS["try_guidance"] = "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/try_guidance.tsv"
+if HELD_OUT_FOLDS and CONFIG.calibration.permuted_labels:
+    # The whole chain of one fold as one entry.
+    COSTS["permuted_labels"] = ["<benchmarks>/{dataset}/permute_labels.tsv"] + [
+        pattern.format(dataset=f"{{dataset}}{PERMUTED}", seed=SEEDS[0], fold=HELD_OUT_FOLDS[0], crossfit="{crossfit}")
+        for name, pattern in COSTS.items()
+        if name != "qc"
+    ]
+if HELD_OUT_FOLDS and CONFIG.calibration.doubled_cells:
+    COSTS["doubled_cells"] = [
+        f"<benchmarks>/{{dataset}}/seed{SEEDS[0]}/fold{HELD_OUT_FOLDS[0]}/{file}"
+        for file in ("crossfit{crossfit}/generate_doubled.tsv", "merge_doubled.tsv")
+    ]
 
 
 def cost_files(wildcards):

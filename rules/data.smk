@@ -87,7 +87,7 @@ rule ingest:
     benchmark:
         "<benchmarks>/{dataset}/ingest.tsv"
     wildcard_constraints:
-        dataset=names_or_none([name for name in CONFIG.datasets if name not in SIMULATED]),
+        dataset=names_or_none([name for name in DATASETS if name not in SIMULATED]),
     conda:
         "../envs/data.yaml"
     threads: 1
@@ -112,6 +112,8 @@ rule qc:
         "<logs>/{dataset}/qc.log",
     benchmark:
         "<benchmarks>/{dataset}/qc.tsv"
+    wildcard_constraints:
+        dataset=names_or_none(DATASETS),
     conda:
         "../envs/data.yaml"
     threads: 1
@@ -123,6 +125,30 @@ rule qc:
         code=code("qc.py"),
     script:
         "../workflow_scripts/qc.py"
+
+
+rule permute_labels:
+    input:
+        cells="results/{dataset}/qc/cells.h5ad",
+    output:
+        cells=f"results/{{dataset}}{PERMUTED}/qc/cells.h5ad",
+    log:
+        "<logs>/{dataset}/permute_labels.log",
+    benchmark:
+        "<benchmarks>/{dataset}/permute_labels.tsv"
+    wildcard_constraints:
+        dataset=names_or_none(DATASETS),
+    conda:
+        "../envs/data.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(3000, times_input=8),
+        runtime=minutes(60),
+    params:
+        seed=SEEDS[0],
+        code=code("permute_labels.py"),
+    script:
+        "../workflow_scripts/permute_labels.py"
 
 
 rule splits:
@@ -165,6 +191,7 @@ rule moments:
         mem_mb=memory(3000, times_input=8),
         runtime=minutes(60),
     params:
+        dataset=dataset_block,
         code=code("moments.py"),
     script:
         "../workflow_scripts/moments.py"

@@ -9,6 +9,7 @@ rule generate:
         vae_record="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/vae.json",
         diffusion="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/diffusion.safetensors",
         diffusion_record="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/diffusion.json",
+        guidance=TUNED_GUIDANCE,
     output:
         generated="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/generated.h5ad",
         means="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/means.parquet",
@@ -56,3 +57,35 @@ rule merge_generated:
         code=code("merge_generated.py"),
     script:
         "../workflow_scripts/merge_generated.py"
+
+
+use rule generate as generate_doubled with:
+    output:
+        generated=temp("results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/doubled/generated.h5ad"),
+        means="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/doubled/means.parquet",
+    log:
+        "<logs>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/generate_doubled.log",
+    benchmark:
+        "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/generate_doubled.tsv"
+    params:
+        config=twice_the_cells(),
+        device=CONFIG.run.device,
+        code=code("generate.py"),
+
+
+use rule merge_generated as merge_doubled with:
+    input:
+        generated=expand(
+            "results/{{dataset}}/seed{{seed}}/fold{{fold}}/crossfit{crossfit}/doubled/generated.h5ad",
+            crossfit=CROSSFIT,
+        ),
+        means=expand(
+            "results/{{dataset}}/seed{{seed}}/fold{{fold}}/crossfit{crossfit}/doubled/means.parquet", crossfit=CROSSFIT
+        ),
+    output:
+        generated=temp("results/{dataset}/seed{seed}/fold{fold}/doubled/generated.h5ad"),
+        means="results/{dataset}/seed{seed}/fold{fold}/doubled/means.parquet",
+    log:
+        "<logs>/{dataset}/seed{seed}/fold{fold}/merge_doubled.log",
+    benchmark:
+        "<benchmarks>/{dataset}/seed{seed}/fold{fold}/merge_doubled.tsv"

@@ -50,6 +50,7 @@ rule de_table:
 
 rule calibration:
     input:
+        unpack(further_checks),
         splits=f"results/{{dataset}}/seed{SEEDS[0]}/splits.json",
         moments=f"results/{{dataset}}/seed{SEEDS[0]}/moments.h5ad",
         effects=expand("results/{{dataset}}/seed{seed}/fold{fold}/effects.parquet", seed=SEEDS[0], fold=HELD_OUT_FOLDS),
@@ -69,6 +70,8 @@ rule calibration:
         "<logs>/{dataset}/calibration.log",
     benchmark:
         "<benchmarks>/{dataset}/calibration.tsv"
+    wildcard_constraints:
+        dataset=names_or_none(DATASETS),
     conda:
         "../envs/inference.yaml"
     threads: 1

@@ -283,12 +283,65 @@ rule figure_cells:
         "../workflow_scripts/figure_cells.py"
 
 
+rule figure_enrichment:
+    input:
+        enrichment="results/{dataset}/seed{seed}/fold{fold}/enrichment.parquet",
+    output:
+        png=report(
+            "results/{dataset}/figures/seed{seed}_fold{fold}_enrichment.png",
+            caption="report/enrichment.rst",
+            category="{dataset}",
+            subcategory="2 Embedding and location",
+            labels={"figure": "gene sets in the clusters, fold {fold}"},
+        ),
+        pdf="results/{dataset}/figures/seed{seed}_fold{fold}_enrichment.pdf",
+    log:
+        "<logs>/{dataset}/seed{seed}/fold{fold}/figure_enrichment.log",
+    conda:
+        "../envs/figures.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(1000),
+        runtime=minutes(10),
+    params:
+        code=code("figure_enrichment.py"),
+    script:
+        "../workflow_scripts/figure_enrichment.py"
+
+
+rule figure_cell_quality:
+    input:
+        quality="results/{dataset}/tables/cell_quality.parquet",
+    output:
+        png=report(
+            "results/{dataset}/figures/cell_quality.png",
+            caption="report/cell_quality.rst",
+            category="{dataset}",
+            subcategory="4 Predictions",
+            labels={"figure": "quality of generated cells"},
+        ),
+        pdf="results/{dataset}/figures/cell_quality.pdf",
+    log:
+        "<logs>/{dataset}/figure_cell_quality.log",
+    conda:
+        "../envs/figures.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=minutes(10),
+    params:
+        code=code("figure_cell_quality.py"),
+    script:
+        "../workflow_scripts/figure_cell_quality.py"
+
+
 rule figure_location:
     input:
         embedding=f"results/{{dataset}}/seed{{seed}}/fold{{fold}}/crossfit{CROSSFIT[0]}/embedding.parquet",
         effects="results/{dataset}/seed{seed}/fold{fold}/effects.parquet",
         moments="results/{dataset}/seed{seed}/moments.h5ad",
         locations="results/{dataset}/seed{seed}/fold{fold}/locations.parquet",
+        clusters="results/{dataset}/seed{seed}/fold{fold}/clusters.parquet",
         splits="results/{dataset}/seed{seed}/splits.json",
     output:
         png=report(
@@ -316,12 +369,7 @@ rule figure_location:
 
 rule figure_location_quality:
     input:
-        tables=expand(
-            "results/{dataset}/seed{seed}/fold{fold}/location_quality.parquet",
-            seed=SEEDS[0],
-            fold=HELD_OUT_FOLDS,
-            allow_missing=True,
-        ),
+        table="results/{dataset}/tables/location_quality.parquet",
     output:
         png=report(
             "results/{dataset}/figures/location_quality.png",
@@ -340,7 +388,7 @@ rule figure_location_quality:
         mem_mb=memory(1000),
         runtime=minutes(10),
     params:
-        config=block("benchmark"),
+        config=block("benchmark", "location"),
         code=code("figure_location_quality.py"),
     script:
         "../workflow_scripts/figure_location_quality.py"

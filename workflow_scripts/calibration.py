@@ -18,4 +18,5 @@ with stage_log(snakemake.log[0]):
         folds=list(snakemake.params.folds),
         seed=int(snakemake.params.seed),
         out=snakemake.output.calibration,
+        **{name: snakemake.input.get(name) for name in ("permuted", "doubled", "truth")},
     )

@@ -14,8 +14,8 @@ with stage_log(snakemake.log[0]):
         records={
             "train_vae": listed(snakemake.input.vae_records),
             "train_diffusion": listed(snakemake.input.diffusion_records),
-            # Generation runs where the model was trained.
-            "generate": listed(snakemake.input.diffusion_records),
+            # All other work of the networks is done where they are trained.
+            **dict.fromkeys(("try_guidance", "generate", "permuted_labels", "doubled_cells"), listed(snakemake.input.diffusion_records)),
         },
         out=snakemake.output.compute,
     )

@@ -10,6 +10,7 @@ with stage_log(snakemake.log[0]):
         effects=snakemake.input.effects,
         moments=snakemake.input.moments,
         locations=snakemake.input.locations,
+        clusters=snakemake.input.clusters,
         targets=Splits.read(snakemake.input.splits).targets(snakemake.wildcards.fold),
         png=snakemake.output.png,
         pdf=snakemake.output.pdf,

@@ -41,13 +41,13 @@ def main(names: list[str]) -> None:
         print(f"\n## {name}: {table.attrs['targets']} held-out targets placed\n")
         print(table.round(3).to_string())
         checks = contracts.CALIBRATION.read(folder / "calibration.parquet")
-        # `pooled`: the false share of all calls; `all`: its mean over targets, where a target without calls counts as 0.
-        checks = checks[checks["stratum"].isin(["all", "pooled"]) | (checks["stratum"] == "effect high")]
+        # `pooled`: the false share of all calls; `per target`: its mean over targets, where a target without calls counts as 0.
+        checks = checks[checks["stratum"].isin(["per target", "pooled", "effect high", "smaller than uniform"])]
         chosen = [
             checks[(checks["check"] == "coverage") & (checks["level"] == 0.95)],
             checks[checks["check"].isin(["fdr", "power"]) & (checks["level"] == 0.1) & checks["method"].isin(["selection", "t"])],
             checks[(checks["check"] == "power_replicate") & (checks["level"] == 0.1)],
-            checks[checks["check"].isin(["control_guides_ks", "doubling"])],
+            checks[checks["check"].isin(["control_guides_ks", "doubling_calls", "permuted_labels_calls", "permuted_labels_ks"])],
         ]
         print("\n" + pd.concat(chosen)[COLUMNS].round(3).to_string(index=False))
         de = contracts.DE.read(folder / "de.parquet")

@@ -43,6 +43,29 @@ def test_every_contract_is_written_and_valid(finished):
     assert set(generated.obs["role"]) >= {"target", "pseudo", "control"}
 
 
+def test_every_check_of_the_error_rates_is_made(finished):
+    table = contracts.CALIBRATION.read(finished.path / RESULTS / "tables/calibration.parquet")
+    checks = set(table["check"])
+    assert {"coverage", "fdr", "power", "equivalence", "control_guides_p", "shuffled_effects_calls", "doubling_calls"} <= checks
+    assert {"permuted_labels_calls", "permuted_labels_ks", "fdr_truth", "coverage_truth"} <= checks
+    # The copy with permuted labels has the same cells under other labels, and goes as far as the tests of one fold.
+    copy = finished.path / f"{RESULTS}_permuted"
+    assert {p.name for p in copy.iterdir()} - {"scratch"} == {"qc", "seed1"}
+    assert {p.name for p in (copy / "seed1").glob("fold*")} == {"fold0"}
+    counts = [ad.read_h5ad(folder / "qc/cells.h5ad").obs["perturbation"].value_counts() for folder in (finished.path / RESULTS, copy)]
+    assert counts[0].sort_index().equals(counts[1].sort_index())
+    # Of the doubled cells only the means stay.
+    assert not list((finished.path / RESULTS).rglob("doubled/generated.h5ad"))
+
+
+def test_costly_checks_can_be_switched_off(fresh):
+    off = {"calibration": {"permuted_labels": False, "doubled_cells": False}}
+    assert {"permute_labels", "generate_doubled", "merge_doubled"} <= planned(fresh.snakemake("--dry-run").stdout)
+    rules = planned(fresh.snakemake("--dry-run", config=off).stdout)
+    assert "calibration" in rules
+    assert not rules & {"permute_labels", "generate_doubled", "merge_doubled"}
+
+
 def test_targets_that_cannot_be_located_say_so(finished):
     de = contracts.DE.read(finished.path / RESULTS / "tables/de.parquet")
     absent = de[de["call"] == "no_call"]

@@ -39,6 +39,12 @@ def test_what_is_just_possible_is_accepted(text):
 
 # text of the config; key; value as shown; words of the remedy
 KEYS = [
+    (
+        "location: {min_confidence: auto}\nsplits: {crossfit_folds: 0}\ninference: {weight: one, error_model: conservative, calls: t}",
+        "location.min_confidence",
+        "'auto'",
+        "set splits.crossfit_folds to 2 or more",
+    ),
     ("vae: {latnt: 5}", "vae.latnt", "5", "did you mean 'latent'?"),
     ("vea: {latent: 5}", "vea", "{'latent': 5}", "did you mean 'vae'?"),
     ("latent: 5", "latent", "5", "it belongs into block 'vae'"),
@@ -81,6 +87,7 @@ KEYS = [
     ("datasets: {mine: {kind: h5ad}}\nrun: {datasets: [mine]}", "datasets.mine.path", "(nothing)", "add the key 'path'"),
     ("datasets: {mine: counts.h5ad}\nrun: {datasets: [mine]}", "datasets.mine", "'counts.h5ad'", "indent its keys"),
     ("datasets: {a/b: {kind: simulate}}\nrun: {datasets: [a/b]}", "datasets.a/b", "'a/b'", "use letters"),
+    ("datasets: {a_permuted: {kind: simulate}}\nrun: {datasets: [a_permuted]}", "datasets.a_permuted", "'a_permuted'", "dataset 'a'"),
     ("splits: {scheme: leave_one_out}", "splits.held_out", "[]", "held_out: [STAT1, IRF1]"),
     ("protocol: reference", "splits.held_out", "[] (from protocol reference)", "held_out: [STAT1, IRF1]"),
     ("splits: {held_out: [A]}", "splits.held_out", "['A']", "splits.scheme: leave_one_out"),
@@ -101,6 +108,7 @@ KEYS = [
     ("splits: {crossfit_folds: 0}", "inference.weight", "'tuned' (from protocol crossfit)", "inference.weight: one"),
     (REFERENCE + "inference: {calls: selection}", "inference.calls", "'selection'", "splits.crossfit_folds to 2 or more"),
     (REFERENCE + "inference: {error_model: conformal}", "inference.error_model", "'conformal'", "splits.crossfit_folds to 2 or more"),
+    (REFERENCE + "generation: {guidance: tuned}", "generation.guidance", "'tuned'", "splits.crossfit_folds to 2 or more"),
     (REFERENCE + "inference: {weight: tuned}", "inference.weight", "'tuned'", "splits.crossfit_folds to 2 or more"),
 ]
 
@@ -111,6 +119,13 @@ def test_message_names_key_value_and_remedy(text, key, value, remedy):
     at = [i for i, line in enumerate(lines) if f". {key} = {value}" in line]
     assert len(at) == 1, "\n".join(lines)
     assert remedy in lines[at[0] + 1], "\n".join(lines)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1])
+def test_a_least_confidence_is_a_share(value):
+    assert f"location.min_confidence = {value}: write auto, or a confidence from 0 to 1" in refusal(
+        f"location: {{min_confidence: {value}}}"
+    )
 
 
 def test_all_problems_are_shown_together_in_the_order_of_the_config():
@@ -162,6 +177,8 @@ def test_files_that_are_there_are_accepted(text, folder):
 
 
 BAD_FILES = [
+    ("{kind: h5ad, path: screen.h5ad, modality: CRISPRi}", "modality", "'CRISPRi'", "name the column with the modality"),
+    ("{kind: h5ad, path: screen.h5ad, aliases: scren.h5ad}", "aliases", "'scren.h5ad'", "did you mean 'screen.h5ad'?"),
     ("{kind: h5ad, path: scren.h5ad}", "path", "'scren.h5ad'", "did you mean 'screen.h5ad'?"),
     ("{kind: h5ad, path: /nowhere/at/all.h5ad}", "path", "'/nowhere/at/all.h5ad'", "absolute path"),
     ("{kind: 10x_mtx, path: 10x, cell_table: cell.tsv}", "cell_table", "'cell.tsv'", "did you mean 'cells.tsv'?"),

@@ -123,6 +123,21 @@ def test_truth_is_the_log_fold_change_of_the_mean(tmp_path: Path) -> None:
         # Batches of one are a constant factor of all cells; the perturbation's own depth shift is off.
         assert np.abs(error).mean() < 0.06, name
     assert not np.allclose(expected, lfc(frame)[list(table.var_names)], atol=0.02)
+    # On the scale of the estimates: differences in mean ln(1 + CP10k), sparse genes included.
+    expected = lfc(frame, "effect")[list(table.var_names)]
+    values = np.log1p(table.X.toarray() * (TARGET_SUM / depth[:, None]))
+    base = values[table.obs["perturbation"] == "control"].mean(axis=0)
+    found = np.array([values[table.obs["perturbation"] == name].mean(axis=0) - base for name in expected.index])
+    # The observed differences have standard errors of 0.01 to 0.02.
+    assert np.abs(found - expected.to_numpy()).mean() < 0.02
+    large = np.abs(expected.to_numpy()) > 0.1
+    assert large.sum() > 50
+    slope = (found[large] * expected.to_numpy()[large]).sum() / (expected.to_numpy()[large] ** 2).sum()
+    assert 0.95 < slope < 1.05
+    # What is left is noise of the cells.
+    spread = np.array([values[table.obs["perturbation"] == name].std(axis=0) for name in expected.index])
+    z = (found - expected.to_numpy()) / (spread * np.sqrt(1 / 3000 + 1 / 8000))
+    assert 0.8 < z.std() < 1.3
 
 
 def test_escapers_shrink_effects(truth: pd.DataFrame) -> None:

@@ -250,7 +250,7 @@ def write_scores(path: Path, targets: list[str], seed: int, methods: tuple[str, 
 
 
 def write_calibration(path: Path, seed: int, checks: tuple[str, ...] | None = None) -> None:
-    """Rates of three error models: t holds, cells_only is far too short."""
+    """Rates of several error models: t holds, cells_only is far too short; all checks, of a simulated screen."""
     random = np.random.default_rng(seed)
     rows = []
 
@@ -258,38 +258,46 @@ def write_calibration(path: Path, seed: int, checks: tuple[str, ...] | None = No
         half = 1.96 * np.sqrt(max(value * (1 - value), 1e-4) / n)
         rows.append((check, method, level, stratum, value, n, max(value - half, 0.0), min(value + half, 1.0)))
 
+    groups = [f"{name} {word}" for name in ("expression", "effect") for word in ("low", "mid", "high")]
+    groups += ["k_eff few", "k_eff many", "confidence low", "confidence high"]
     for method, loss in (("t", 0.0), ("conformal", -0.01), ("cells_only", 0.55), ("conservative", 0.2)):
         for level in (0.5, 0.8, 0.9, 0.95):
-            rate("coverage", method, level, "all", min(1.0, level * (1 - loss)), 2400)
-            rows.append(("width", method, level, "all", stats.norm.ppf(0.5 + level / 2) * (0.4 - 0.6 * loss * 0.5), 2400, np.nan, np.nan))
-            for group in (
-                "expression low",
-                "expression mid",
-                "expression high",
-                "effect low",
-                "effect high",
-                "k_eff few",
-                "k_eff many",
-            ):
-                rate("coverage", method, level, group, min(1.0, level * (1 - loss) + random.normal(0, 0.02)), 800)
+            rate("coverage", method, level, "per target", min(1.0, level * (1 - loss)), 2400)
+            width = stats.norm.ppf(0.5 + level / 2) * (0.4 - 0.6 * loss * 0.5)
+            rows.append(("width", method, level, "per target", width, 2400, np.nan, np.nan))
+            for check, names in (("coverage", groups), ("coverage_truth", ("per target", "affected genes", "unaffected genes"))):
+                for group in names:
+                    rate(check, method, level, group, min(1.0, level * (1 - loss) + random.normal(0, 0.02)), 800)
     for test, loss in (("selection", 0.0), ("t", 0.1)):
-        for k, predictor in enumerate(("", ":knn", ":dbdiffusion", ":training_mean")):
+        for k, predictor in enumerate(("", ":knn", ":dbdiffusion", ":training_mean", ":lambda_0", ":lambda_1")):
             for q in (0.05, 0.1, 0.2):
-                rate("fdr", test + predictor, q, "all", min(1.0, q * (0.7 + 0.2 * k + 3 * loss)), 24)
-                rate("fdr", test + predictor, q, "pooled", q, 150)
-                rate("power", test + predictor, q, "all", min(1.0, 0.1 + q - 0.03 * k + loss * 0.5), 600)
-        for check in ("permutation_fdr", "permutation_calls", "equivalence", "sign_error"):
-            rate(check, test, 0.1, "all", 0.04 + loss * 0.3, 300)
-    rate("doubling", "selection", 0.0, "all", 0.002, 300)
-    for method, power in (("t", 1.0), ("prediction_error", 0.9)):
-        rate("control_guides_fdr", method, 0.1, "all", 0.1, 16)
+                rate("fdr", test + predictor, q, "per target", min(1.0, q * (0.5 + 0.2 * k + 2 * loss)), 24)
+                rate("fdr", test + predictor, q, "pooled", min(1.0, q * (0.7 + 0.2 * k + 3 * loss)), 150)
+                rate("power", test + predictor, q, "pooled", min(1.0, 0.1 + q - 0.03 * k + loss * 0.5), 600)
+                if not predictor:
+                    rate("fdr_truth", test, q, "per target", 0.4 * q, 24)
+                    rate("fdr_truth", test, q, "pooled", 0.6 * q, 150)
+        for check in ("shuffled_effects_fdr", "shuffled_effects_calls", "permuted_labels_calls", "equivalence", "sign_error"):
+            rate(check, test, 0.1, "pooled", 0.04 + loss * 0.3, 300)
+        rate("permuted_labels_targets", test, 0.1, "per target", 0.0, 24)
+        rate("doubling_calls", test, 0.0, "pooled", 0.002, 300)
+    for method, scale in (("t", 1.0), ("t:dbdiffusion", 3.0), ("t:lambda_1", 5.0)):
+        for level, change in ((0.5, 0.001), (0.9, 0.01), (0.99, 0.02), (1.0, 0.05)):
+            rows.append(("doubling_log10_p", method, level, "pooled", scale * change, 3000, np.nan, np.nan))
+    for check, method, power in (
+        ("control_guides_p", "t", 1.0),
+        ("control_guides_p", "prediction_error", 0.9),
+        ("permuted_labels_p", "t", 0.5),
+    ):
         for u in np.linspace(0.05, 0.95, 19).round(2):
-            rows.append(
-                ("control_guides_p", method, float(u), "all", float(u**power), 640, float(max(u - 0.04, 0)), float(min(u + 0.04, 1)))
-            )
+            rows.append((check, method, float(u), "pooled", float(u**power), 640, float(max(u - 0.04, 0)), float(min(u + 0.04, 1))))
+    for method in ("t", "prediction_error"):
+        rate("control_guides_fdr", method, 0.1, "per guide", 0.1, 16)
+        rows.append(("control_guides_ks", method, 0.01, "pooled", 0.3, 640, np.nan, np.nan))
     for q in (0.05, 0.1, 0.2):
-        rate("power_replicate", "replicate", q, "all", 0.45 + q, 600)
-        rate("fdr_replicate", "replicate", q, "all", 0.4 * q, 600)
+        rate("power_replicate", "replicate", q, "pooled", 0.45 + q, 600)
+        rate("fdr_replicate", "replicate", q, "pooled", 0.4 * q, 600)
+        rate("fdr_truth", "replicate", q, "pooled", 0.9 * q, 600)
     columns = ["check", "method", "level", "stratum", "value", "n", "low", "high"]
     frame = pd.DataFrame(rows, columns=columns)
     contracts.CALIBRATION.write(frame if checks is None else frame[frame["check"].isin(checks)], path)

@@ -315,7 +315,18 @@ def test_units_of_time(seconds, expected):
     assert compute.time_unit(seconds) == expected
 
 
-@pytest.mark.parametrize("checks", [None, ("coverage",), ("permutation_fdr", "control_guides_p"), ("power", "power_replicate", "fdr"), ()])
+@pytest.mark.parametrize(
+    "checks",
+    [
+        None,
+        ("coverage",),
+        ("shuffled_effects_fdr", "control_guides_p"),
+        ("permuted_labels_p", "doubling_log10_p"),
+        ("fdr_truth", "coverage_truth"),
+        ("power", "power_replicate", "fdr"),
+        (),
+    ],
+)
 def test_calibration(checks, tmp_path, out, caplog):
     write_calibration(tmp_path / "calibration.parquet", seed=0, checks=checks)
     calibration.draw_calibration(calibration=tmp_path / "calibration.parquet", **out)
@@ -331,6 +342,10 @@ def test_predictors_are_compared_at_one_rate(tmp_path):
     assert found.loc[("selection", "knn"), "power"] == pytest.approx(0.17)
     assert set(calibration.default_only(table)["method"]) >= {"t", "selection"}
     assert not calibration.default_only(table)["method"].str.contains("knn").any()
+    # Without a call there is no rate to speak of, and nothing false.
+    silent = (table["check"] == "fdr") & (table["method"] == "t:knn")
+    found = calibration.predictors(table.assign(value=table["value"].mask(silent))).set_index(["test", "predictor"])
+    assert found.loc[("t", "knn"), "fdr"] == 0
 
 
 def test_predictors_that_coincide_are_one_marker():
@@ -347,7 +362,7 @@ def test_predictors_that_coincide_are_one_marker():
 
 
 def test_location(made, out, caplog):
-    keys = {"effects": made.effects, "moments": made.moments, "locations": made.locations}
+    keys = {"effects": made.effects, "moments": made.moments, "locations": made.locations, "clusters": made.clusters}
     location.draw_location(embedding=made.embedding, targets=made.targets, **keys, **out)
     good(out, caplog, width=style.PAGE)
     location.draw_location(embedding=made.embedding, targets=["NOBODY"], **keys, **out)

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from dbdiffusion.config.datasets import CatalogueDataset, FileDataset, SimulateDataset
+from dbdiffusion.config.embedding import LocationConfig
 from dbdiffusion.config.generator import DiffusionConfig, GenerationConfig
 from dbdiffusion.config.inference import InferenceConfig
 from dbdiffusion.config.problems import Problem, key_path
@@ -22,6 +23,8 @@ _PSEUDO = "pseudo-targets (splits.crossfit_folds >= 2)"
 
 RESERVED = ("annotations", "bench", "benchmarks", "calibration", "downloads", "logs", "report")
 """Folders under results/ that belong to no dataset."""
+PERMUTED = "_permuted"
+"""Ending of the folder with a dataset's labels permuted."""
 
 
 def cross_checks(blocks: dict[str, Any], root: Path) -> list[Problem]:
@@ -53,6 +56,9 @@ def _run(run: RunConfig, datasets: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(
                 key_path("datasets", name), name, "is a folder of the workflow's own under results/", "call the dataset otherwise"
             )
+        if name.endswith(PERMUTED):
+            what = f"names ending in {PERMUTED!r} are those of permuted copies"
+            yield Problem(key_path("datasets", name), name, what, f"call the dataset {name.removesuffix(PERMUTED)!r}, or otherwise")
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
             yield Problem(
                 key_path("datasets", name), name, "cannot be a folder name", "use letters, digits, '_', '-' and '.' in dataset names"
@@ -133,6 +139,18 @@ def _generation(generation: GenerationConfig, diffusion: DiffusionConfig) -> Ite
         yield Problem("generation.cells_kept", generation.cells_kept, what, f"write at most {generation.cells}, or raise generation.cells")
 
 
+def _location(location: LocationConfig, splits: SplitsConfig) -> Iterator[Problem]:
+    if location.min_confidence == "auto" and not splits.crossfit_folds:
+        remedy = "set splits.crossfit_folds to 2 or more (3 is usual), or write a number"
+        yield Problem("location.min_confidence", "auto", f"needs {_PSEUDO}, found {splits.crossfit_folds}", remedy)
+
+
+def _guidance(generation: GenerationConfig, splits: SplitsConfig) -> Iterator[Problem]:
+    if generation.guidance == "tuned" and not splits.crossfit_folds:
+        remedy = "set splits.crossfit_folds to 2 or more (3 is usual), or write a number"
+        yield Problem("generation.guidance", "tuned", f"needs {_PSEUDO}, found {splits.crossfit_folds}", remedy)
+
+
 _CHECKS = (
     (("run", "datasets"), _run),
     (("run", "splits", "datasets"), _names),
@@ -140,7 +158,9 @@ _CHECKS = (
     (("splits", "run"), _targets),
     (("splits", "run", "datasets"), _folds),
     (("inference", "splits"), _inference),
+    (("location", "splits"), _location),
     (("generation", "diffusion"), _generation),
+    (("generation", "splits"), _guidance),
 )
 
 
@@ -160,6 +180,11 @@ def _sources(name: str, dataset: Any, root: Path) -> Iterator[Problem]:
             yield Problem(f"{key}.min_size", source.min_size, f"larger than max_size ({source.max_size})", "lower it, or raise max_size")
         if source.path is not None and not _is_made(source.path):
             yield from _missing(f"{key}.path", source.path)
+    if dataset.aliases is not None and not _is_made(dataset.aliases):
+        yield from _missing(key_path("datasets", name, "aliases"), dataset.aliases)
+    if dataset.modality is not None and dataset.columns.modality is None:
+        remedy = "name the column with the modality under columns.modality, or remove modality"
+        yield Problem(key_path("datasets", name, "modality"), dataset.modality, "no column says which cells have it", remedy)
     if isinstance(dataset, FileDataset):
         yield from _file_sources(name, dataset)
     elif isinstance(dataset, CatalogueDataset):

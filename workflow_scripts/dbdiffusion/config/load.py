@@ -17,7 +17,9 @@ from dbdiffusion.config.root import Config
 from dbdiffusion.runtime.errors import UserError, nearest
 
 PROTOCOLS = ("crossfit", "reference")
-PRESET_BLOCKS = ("qc", "panel", "splits", "embedding", "clusters", "location", "vae", "diffusion", "generation", "inference")
+PRESET_BLOCKS = (
+    "qc", "panel", "splits", "embedding", "clusters", "location", "vae", "diffusion", "generation", "inference", "calibration",
+)  # fmt: skip
 """Blocks that belong to a protocol. The benchmark does not: both protocols are judged alike."""
 METHOD_BLOCKS = (*PRESET_BLOCKS, "benchmark")
 DATASET_KINDS: dict[str, type[BaseModel]] = {

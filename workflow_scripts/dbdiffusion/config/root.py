@@ -8,6 +8,7 @@ from pydantic import Field
 
 from dbdiffusion.config.base import Block
 from dbdiffusion.config.benchmark import BenchmarkConfig
+from dbdiffusion.config.calibration import CalibrationConfig
 from dbdiffusion.config.datasets import Dataset, FeatureSource, SimulateDataset
 from dbdiffusion.config.embedding import ClustersConfig, EmbeddingConfig, LocationConfig
 from dbdiffusion.config.generator import DiffusionConfig, GenerationConfig, VaeConfig
@@ -45,6 +46,7 @@ class Config(Block):
     diffusion: DiffusionConfig = DiffusionConfig()
     generation: GenerationConfig = GenerationConfig()
     inference: InferenceConfig = InferenceConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
 
 

@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from scipy import sparse
+from scipy.interpolate import CubicSpline
 
 from dbdiffusion.config.datasets import SimulateDataset
+from dbdiffusion.data.log_means import expected_log_cp10k
 from dbdiffusion.data.sets import CONTROL
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.files import atomic_path
@@ -49,15 +51,22 @@ SECOND_PROGRAMME_SHARE = 0.2
 OWN_GENES_SHARE = 0.1
 KNOCK_DOWN = (0.15, 0.45)
 INTERACTION_SD = 0.1
+GRID = 33  # log fold changes at which expected log expression is worked out
 
 TRUTH = Table(
     "truth",
-    "What was simulated: the log fold change of every gene's mean count under every perturbation.",
+    "What was simulated: the log fold change of every gene's mean count under every perturbation, and what it is in ln(1 + CP10k).",
     [
         Column("perturbation", "str", "", "perturbation"),
         Column("gene", "str", "", "gene symbol"),
         Column("lfc", "float", "natural log", "log fold change of the mean count in cells that did not escape"),
         Column("lfc_mixed", "float", "natural log", "the same over all cells of the perturbation, escapers included"),
+        Column(
+            "effect",
+            "float",
+            "ln(1 + CP10k)",
+            "expected difference to control in mean ln(1 + CP10k) at the control's depth, escapers and the change of the total included",
+        ),
         Column("programme", "str", "", "programmes it regulates, joined by `,`; else empty"),
         Column("kind", "str", "", "programme, null, outside (of every programme), unmeasured (its gene), double", choices=KINDS),
         Column("escapers", "float", "0-1", "expected share of escaping cells"),
@@ -332,8 +341,33 @@ def _truth(config: SimulateDataset, genes: _Genes, screen: _Screen) -> pd.DataFr
             "gene": np.tile(genes.names, len(names)),
             "lfc": screen.lfc.ravel(),
             "lfc_mixed": mixed.ravel(),
+            "effect": ((1 - escapers)[:, None] * _log_scale_effects(config, genes, screen)).ravel(),
             "programme": np.repeat(screen.table["programme"].to_numpy(dtype=object), n_genes),
             "kind": np.repeat(screen.table["kind"].to_numpy(dtype=object), n_genes),
             "escapers": np.repeat(escapers, n_genes),
         }
     )
+
+
+def _log_scale_effects(config: SimulateDataset, genes: _Genes, screen: _Screen) -> np.ndarray:
+    """(P, G) differences in expected ln(1 + CP10k) of cells that did not escape, at the control's depth and over all batches.
+
+    Genes that change move the total by which all counts are scaled: other genes change a little the other way. Interpolated over
+    a grid of log fold changes, and linearly in the log of the total, so that the cost does not grow with the number of perturbations.
+    """
+    gene_sd = np.sqrt(ACTIVITY_SD**2 * (screen.weights**2).sum(axis=0) + BATCH_GENE_SD**2)
+    mean_share = genes.share * np.exp(gene_sd**2 / 2)
+    base = mean_share.sum() + 1 - MEASURED_SHARE - MITO_SHARE
+    total = np.log1p((np.exp(screen.lfc) - 1) @ mean_share / base)
+    grid = np.linspace(min(screen.lfc.min(), -0.1), max(screen.lfc.max(), 0.1), GRID)
+    shares = genes.share * np.exp(np.append(grid, 0.0))[:, None]
+    library, depth_sd = config.library_size, float(np.hypot(DEPTH_LOG_SD, BATCH_DEPTH_SD))
+    same, larger = (
+        expected_log_cp10k(shares, genes.dispersion, gene_sd, library=library, depth_sd=depth_sd, total=base * t) for t in (1.0, 1.1)
+    )
+    change, slope = same[:-1] - same[-1], (larger - same)[:-1] / np.log(1.1)
+    columns = [
+        CubicSpline(grid, one)(lfc) + total * CubicSpline(grid, two)(lfc)
+        for one, two, lfc in zip(change.T, slope.T, screen.lfc.T, strict=True)
+    ]
+    return np.column_stack(columns)

@@ -11,18 +11,30 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from dbdiffusion.figures import style
+from dbdiffusion.inference.bands import PER_TARGET, POOLED
 from dbdiffusion.runtime import contracts
 
 CHECK_NAMES = {
     "control_guides_fdr": "control guides with a call",
-    "permutation_fdr": "false calls, effects permuted",
-    "permutation_calls": "genes called, effects permuted",
+    "permuted_labels_targets": "targets with a call,\nlabels permuted",
+    "permuted_labels_calls": "genes called,\nlabels permuted",
+    "shuffled_effects_calls": "genes called,\neffects dealt out",
+    "shuffled_effects_fdr": "false calls,\neffects dealt out",
     "equivalence": "equivalent genes called",
     "sign_error": "calls of wrong sign",
-    "doubling": "calls changed by twice the cells",
+    "sign_error_truth": "calls of wrong true sign",
+    "doubling_calls": "calls changed by\ntwice the cells",
 }
 """Checks drawn as one row each; the level is their limit."""
-UNDRAWN = ("power_replicate", "fdr_replicate", "control_guides_ks")
+ONE_RATE = {"control_guides_fdr": "per guide", "permuted_labels_targets": "per target"}
+"""Stratum in which a check's rate is drawn, where it is not `pooled`."""
+PREDICTOR_NAMES = {"": "default", "lambda_0": "λ = 0", "lambda_1": "λ = 1"}
+TRUTH_STRATA = {
+    "per target": "true effect, all genes",
+    "affected genes": "true effect, affected",
+    "unaffected genes": "true effect, unaffected",
+}
+UNDRAWN = ("power_replicate", "fdr_replicate", "control_guides_ks", "permuted_labels_ks")
 """Checks whose methods have no entry of their own in the legend."""
 RATE = 0.1
 """Nominal FDR of the panels that show one rate."""
@@ -31,8 +43,8 @@ MAX_STRATA = 16
 Looks = dict[str, tuple[str, str]]
 
 
-def rows_of(table: pd.DataFrame, check: str, stratum: str | None = "all") -> pd.DataFrame:
-    """The rows of a check that have a value, of one stratum or of all (None)."""
+def rows_of(table: pd.DataFrame, check: str, stratum: str | None) -> pd.DataFrame:
+    """The rows of a check that have a value, of one stratum or of every one (None)."""
     part = table[(table["check"] == check) & table["value"].notna()]
     return part if stratum is None else part[part["stratum"] == stratum]
 
@@ -61,7 +73,7 @@ def _trials(part: pd.DataFrame, noun: str) -> str:
 
 
 def _coverage(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
-    part = rows_of(table, "coverage")
+    part = rows_of(table, "coverage", PER_TARGET)
     _lines(ax, part, looks)
     ax.plot([0, 1], [0, 1], **DASHED)
     low = float(part[["value", "low", "level"]].min().min())
@@ -73,7 +85,9 @@ def _coverage(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
 
 
 def _width(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
-    both = rows_of(table, "coverage").merge(rows_of(table, "width"), on=["method", "level"], suffixes=("", "_width"))
+    both = rows_of(table, "coverage", PER_TARGET).merge(
+        rows_of(table, "width", PER_TARGET), on=["method", "level"], suffixes=("", "_width")
+    )
     for method in [m for m in looks if m in set(both["method"])]:
         rows = both[both["method"] == method].sort_values("level")
         colour, marker = looks[method]
@@ -91,8 +105,9 @@ def _width(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
     ax.set_title("Width against coverage")
 
 
-def _quantiles(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
-    part = rows_of(table, "control_guides_p")
+def _quantiles(ax: Axes, table: pd.DataFrame, looks: Looks, check: str, title: str) -> None:
+    """Quantiles of p against those of uniform p, with the band of uniform p."""
+    part = rows_of(table, check, POOLED)
     ax.plot([0, 1], [0, 1], **DASHED)
     for i, method in enumerate(m for m in looks if m in set(part["method"])):
         rows = part[part["method"] == method].sort_values("level")
@@ -104,7 +119,41 @@ def _quantiles(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
     ax.set_ylim(0, 1)
     ax.set_xlabel("expected quantile of p")
     ax.set_ylabel("observed p")
-    ax.set_title(f"Control guides ({_trials(part, 'p value')})")
+    ax.set_title(f"{title} ({_trials(part, 'p value')})")
+
+
+def _guides(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
+    _quantiles(ax, table, looks, "control_guides_p", "Control guides")
+
+
+def _permuted(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
+    _quantiles(ax, table, looks, "permuted_labels_p", "Permuted labels")
+    ax.annotate("above: cautious", (0.04, 0.93), xycoords="axes fraction", fontsize=6, color=style.DARK)
+    ax.annotate("below: false calls", (0.96, 0.04), xycoords="axes fraction", fontsize=6, color=style.DARK, ha="right")
+
+
+def _doubled(ax: Axes, table: pd.DataFrame, _: Looks) -> None:
+    """Quantiles over pairs of the change of log10 p with twice the cells, of the default prediction and of the generator."""
+    part = rows_of(table, "doubling_log10_p", POOLED)
+    levels = np.sort(part["level"].unique())
+    for method, colour, marker, name in (
+        ("t:lambda_1", style.SKY, "D", "dbDiffusion, λ = 1"),
+        ("t:dbdiffusion", style.OURS["dbdiffusion"], "s", "dbDiffusion, λ tuned"),
+        ("t", style.OURS["stacked"], "o", "default"),
+    ):
+        rows = part[part["method"] == method].sort_values("level")
+        if len(rows):
+            at = np.searchsorted(levels, rows["level"].to_numpy())
+            ax.plot(at, rows["value"], color=colour, marker=marker, ms=3.2, lw=0.9, mew=0, label=name)
+            top, text = float(rows["value"].iloc[-1]), {"fontsize": 6, "color": colour, "ha": "right"}
+            ax.annotate(f"{top:.2g}", (at[-1], top), xytext=(-4, 2), textcoords="offset points", **text)
+    ax.set_xticks(range(len(levels)), ["median" if q == 0.5 else "largest" if q == 1 else f"{q:.0%}" for q in levels])
+    ax.set_xlim(-0.4, len(levels) - 0.6)
+    ax.set_ylim(0, max(1.2 * float(part["value"].max()), 0.02))
+    ax.legend(loc="upper left")
+    ax.set_xlabel("quantile over targets and genes")
+    ax.set_ylabel("change of log10 p (t)")
+    ax.set_title("Twice the generated cells")
 
 
 def default_only(part: pd.DataFrame) -> pd.DataFrame:
@@ -113,37 +162,48 @@ def default_only(part: pd.DataFrame) -> pd.DataFrame:
 
 
 def _replicate(ax: Axes, part: pd.DataFrame) -> pd.DataFrame:
-    """The replicate's rate by level, averaged over entries, as a black dashed line; returns what was drawn."""
-    part = part.groupby("level", as_index=False)[["value", "low", "high"]].mean()
+    """The replicate's rate by level, as a black dashed line; returns what was drawn."""
+    part = part.sort_values("level")
     if len(part):
         _line(ax, part, part["level"].to_numpy(), style.BLACK, "_", (0, (4, 2)))
     return part
 
 
-def _discoveries(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
-    part = default_only(rows_of(table, "fdr"))
-    pooled = default_only(rows_of(table, "fdr", "pooled"))
-    _lines(ax, part, looks)
-    for row in pooled[pooled["method"].isin(looks)].itertuples():
-        colour, marker = looks[row.method]
-        at = row.level + 0.03 * float(part["level"].max())
-        ax.plot([at, at], [row.low, row.high], color=colour, lw=0.6, alpha=0.6, zorder=2)
-        ax.plot(at, row.value, marker=marker, ms=3.6, mfc="white", mec=colour, mew=0.8, ls="none", zorder=2.5)
-    replicate = _replicate(ax, rows_of(table, "fdr_replicate"))
-    top = max(float(part["level"].max()) * 1.15, 0.02)
+def _rates(ax: Axes, table: pd.DataFrame, looks: Looks, check: str, replicate: pd.DataFrame) -> None:
+    """False among all calls against the nominal rate; thin and hollow: its mean over targets."""
+    pooled, mean = (default_only(rows_of(table, check, stratum)) for stratum in (POOLED, PER_TARGET))
+    for method in [m for m in looks if m in set(mean["method"])]:
+        rows = mean[mean["method"] == method].sort_values("level")
+        colour, marker = looks[method]
+        ax.plot(rows["level"], rows["value"], color=colour, lw=0.6, ls=(0, (1, 1.5)), marker=marker, ms=3, mfc="white", mew=0.6, zorder=2)
+    if len(pooled):
+        _lines(ax, pooled[pooled["method"].isin(looks)], looks)
+    drawn = _replicate(ax, replicate)
     ax.plot([0, 1], [0, 1], **DASHED)
     ax.fill_between([0, 1], [0, 1], [0, 0], color=style.GREEN, alpha=0.08, lw=0, zorder=0)
-    ax.set_xlim(0, top)
-    ax.set_ylim(0, min(1.03, max(top, 1.05 * float(pd.concat([part, pooled, replicate])[["value", "high"]].max().max()))))
+    right = max(float(mean["level"].max()) * 1.15, 0.02)
+    ax.set_xlim(0, right)
+    ax.set_ylim(0, min(1.03, max(right, 1.05 * float(pd.concat([mean, pooled, drawn])[["value", "high"]].max().max()))))
     ax.set_xlabel("nominal FDR q")
     ax.set_ylabel("observed FDR")
-    ax.set_title(f"False discoveries ({_trials(part, 'target')})")
+
+
+def _discoveries(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
+    _rates(ax, table, looks, "fdr", rows_of(table, "fdr_replicate", POOLED))
+    ax.set_title(f"False discoveries ({_trials(rows_of(table, 'fdr', PER_TARGET), 'target')})")
+
+
+def _truth(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
+    own = rows_of(table, "fdr_truth", POOLED)
+    _rates(ax, table, looks, "fdr_truth", own[own["method"] == "replicate"])
+    ax.set_ylabel("calls of unaffected genes")
+    ax.set_title("Against the simulated truth")
 
 
 def _power(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
-    part = default_only(rows_of(table, "power"))
+    part = default_only(rows_of(table, "power", POOLED))
     _lines(ax, part, looks)
-    replicate = _replicate(ax, rows_of(table, "power_replicate"))
+    replicate = _replicate(ax, rows_of(table, "power_replicate", POOLED))
     high = float(pd.concat([part, replicate])[["value", "high"]].max().max())
     ax.set_xlim(0, max(float(part["level"].max()) * 1.15, 0.02))
     ax.set_ylim(0, min(1.02, 1.15 * high + 0.02))
@@ -153,10 +213,16 @@ def _power(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
 
 
 def predictors(table: pd.DataFrame) -> pd.DataFrame:
-    """FDR and power of every test of every predictor at the rate nearest to RATE: columns test, predictor, level, fdr, power."""
-    both = rows_of(table, "fdr").merge(rows_of(table, "power"), on=["method", "level"], suffixes=("", "_power"))
+    """FDR and power of every test of every predictor at the rate nearest to RATE: columns test, predictor, level, fdr, power.
+
+    Both are pooled over targets; a predictor without calls has FDR 0.
+    """
+    rates = table[(table["check"] == "fdr") & (table["stratum"] == POOLED)]
+    both = rates.merge(rows_of(table, "power", POOLED), on=["method", "level"], suffixes=("", "_power"))
     parts = [method.partition(":") for method in both["method"]]
-    both = both.assign(test=[p[0] for p in parts], predictor=[p[2] for p in parts], fdr=both["value"], power=both["value_power"])
+    both = both.assign(
+        test=[p[0] for p in parts], predictor=[p[2] for p in parts], fdr=both["value"].fillna(0.0), power=both["value_power"]
+    )
     distance = (both["level"] - RATE).abs()
     both = both[distance == distance.min()] if len(both) else both
     return both.loc[both["test"].isin(style.ERROR_LOOKS), ["test", "predictor", "level", "fdr", "power"]].reset_index(drop=True)
@@ -175,7 +241,7 @@ def distinct(part: pd.DataFrame, width: float, height: float) -> pd.DataFrame:
             first = left.iloc[0]
             near = ((left["fdr"] - first["fdr"]).abs() <= width) & ((left["power"] - first["power"]).abs() <= height)
             group, left = left[near], left[~near]
-            names = ["default" if p == "" else style.method_name(p) for p in style.method_order(group["predictor"])]
+            names = [PREDICTOR_NAMES.get(p) or style.method_name(p) for p in style.method_order(group["predictor"])]
             others = [n for n in names if n != "default"]
             start = ["default"] * ("default" in names)
             end = others if len(others) <= 2 - len(start) else [f"{len(others)} others" if start else f"{len(others)} predictors"]
@@ -208,7 +274,7 @@ def _trade(page: style.Sheet, ax: Axes, table: pd.DataFrame, looks: Looks) -> No
     ax.set_ylim(-0.05 * top if lowest < 0.3 * top else 0.7 * lowest, top)
     ax.xaxis.set_major_locator(MaxNLocator(4))
     page.label(ax, groups["fdr"].to_numpy(), groups["power"].to_numpy(), groups["name"].tolist(), linespacing=1.0, fontsize=5.5)
-    ax.set_xlabel("observed FDR, mean over targets")
+    ax.set_xlabel("observed FDR")
     ax.set_ylabel("share of DE genes called")
     ax.set_title(f"Predictors at q = {level:g}")
 
@@ -269,24 +335,33 @@ def _strata(ax: Axes, part: pd.DataFrame, looks: Looks) -> None:
 
 def _panels(table: pd.DataFrame) -> tuple[list[Callable], list[tuple[Callable, pd.DataFrame]]]:
     """The curve panels and the dot panels that the table can fill."""
-    curves = []
-    for check, draw in (
-        ("coverage", _coverage),
-        ("width", _width),
-        ("control_guides_p", _quantiles),
-        ("fdr", _discoveries),
-        ("power", _power),
+    curves: list[Callable] = []
+    for check, stratum, draw in (
+        ("coverage", PER_TARGET, _coverage),
+        ("width", PER_TARGET, _width),
+        ("control_guides_p", POOLED, _guides),
+        ("fdr", PER_TARGET, _discoveries),
+        ("power", POOLED, _power),
     ):
-        if len(default_only(rows_of(table, check))) and (check != "width" or len(rows_of(table, "coverage"))):
+        if len(default_only(rows_of(table, check, stratum))) and (check != "width" or len(rows_of(table, "coverage", PER_TARGET))):
             curves.append(draw)
     if (predictors(table)["predictor"] != "").any():
         curves.append(_trade)
+    for check, stratum, draw in (
+        ("permuted_labels_p", POOLED, _permuted),
+        ("doubling_log10_p", POOLED, _doubled),
+        ("fdr_truth", PER_TARGET, _truth),
+    ):
+        if len(rows_of(table, check, stratum)):
+            curves.append(draw)
+    checks = default_only(table[table["check"].isin(CHECK_NAMES) & table["value"].notna() & (table["method"] != "replicate")])
+    checks = checks[checks["stratum"] == checks["check"].map(ONE_RATE).fillna(POOLED)]
+    groups = rows_of(table, "coverage", None)
+    true = rows_of(table, "coverage_truth", None)
+    strata = pd.concat([groups[groups["stratum"] != PER_TARGET], true.assign(stratum=true["stratum"].map(TRUTH_STRATA), check="coverage")])
     dots = []
-    checks = default_only(table[table["check"].isin(CHECK_NAMES) & (table["stratum"] == "all") & table["value"].notna()])
     if len(checks):
         dots.append((_checks, _nearest_level(checks, RATE)))
-    strata = rows_of(table, "coverage", None)
-    strata = strata[strata["stratum"] != "all"]
     if len(strata):
         dots.append((_strata, _nearest_level(strata, 0.95)))
     return curves, dots
@@ -294,17 +369,18 @@ def _panels(table: pd.DataFrame) -> tuple[list[Callable], list[tuple[Callable, p
 
 def _dots_height(dots: list[tuple[Callable, pd.DataFrame]]) -> float:
     """Millimetres that the dot panels need."""
-    rows = [len(part.groupby(["check", "stratum"])) * max(4.0, 1.7 * part["method"].nunique()) for _, part in dots]
-    return min(110.0, 24 + max(rows, default=0)) if dots else 0.0
+    rows = [len(part.groupby(["check", "stratum"])) * max(5.5, 1.3 * part["method"].nunique()) for _, part in dots]
+    return min(120.0, 20 + max(rows, default=0)) if dots else 0.0
 
 
 def draw_calibration(*, calibration: str | Path, png: str | Path, pdf: str | Path) -> None:
-    """Coverage, width, null p, FDR, power and further checks (contract `calibration`), one colour per error model or method.
+    """Coverage, width, null p, FDR, power, doubling, truth and further checks (contract `calibration`), one colour per error model or test.
 
     Panels without data in the table are left out. Bars and shades are the 95 % bands of the table; grey dashes are the nominal rates.
     """
     table = contracts.CALIBRATION.read(calibration).astype({"check": str, "method": str, "stratum": str})
-    looks = style.error_looks(default_only(table.loc[~table["check"].isin(UNDRAWN)])["method"].unique())
+    drawn = default_only(table.loc[~table["check"].isin(UNDRAWN) & (table["method"] != "replicate")])
+    looks = style.error_looks(drawn["method"].unique())
     curves, dots = _panels(table)
     rows, columns = style.grid(len(curves), 3)
     above, below = 57.0 * rows if curves else 0.0, _dots_height(dots)
@@ -327,8 +403,9 @@ def draw_calibration(*, calibration: str | Path, png: str | Path, pdf: str | Pat
 
 def _legend(page: style.Sheet, ax: Axes, looks: Looks, table: pd.DataFrame) -> None:
     handles = [ax.plot([], [], color=c, marker=m, ms=3.2, mew=0, label=style.error_name(k))[0] for k, (c, m) in looks.items()]
-    if len(rows_of(table, "fdr", "pooled")):
-        handles += ax.plot([], [], "o", ms=3.6, mfc="white", mec=style.DARK, mew=0.8, label="hollow: all calls pooled")
-    if len(rows_of(table, "power_replicate")):
+    if len(rows_of(table, "fdr", PER_TARGET)):
+        thin = {"lw": 0.6, "ls": (0, (1, 1.5)), "marker": "o", "ms": 3, "mfc": "white", "mew": 0.6}
+        handles += ax.plot([], [], color=style.DARK, label="FDR: mean over targets", **thin)
+    if len(rows_of(table, "power_replicate", POOLED)):
         handles += ax.plot([], [], color=style.BLACK, lw=0.9, ls=(0, (4, 2)), label=style.ERROR_NAMES["replicate"])
     page.fig.legend(handles=handles, loc="outside lower center", ncols=5 if len(handles) <= 10 else 4)

@@ -12,12 +12,15 @@ from matplotlib.ticker import MaxNLocator
 
 from dbdiffusion.data.moments import Moments
 from dbdiffusion.data.sets import CONTROL, EffectSet
-from dbdiffusion.figures import style
+from dbdiffusion.figures import maps, style
 from dbdiffusion.figures.cells import neighbours_of
 from dbdiffusion.perturbations.effects import estimate_effects, gene_scale
 from dbdiffusion.runtime import contracts
 
 MAX_ROWS = 40
+MAX_NAMES = 10
+MAX_TRAINING_NAMES = 6
+"""Targets and training perturbations that are named in the map: those of largest effect."""
 
 
 def wide(embedding: str | Path) -> tuple[pd.DataFrame, pd.Series]:
@@ -55,6 +58,7 @@ def draw_location(
     effects: str | Path,
     moments: str | Path,
     locations: str | Path,
+    clusters: str | Path,
     targets: list[str],
     png: str | Path,
     pdf: str | Path,
@@ -63,7 +67,8 @@ def draw_location(
     """Located against true place of each target: a map of the first two coordinates, and distances beside the training mean's.
 
     embedding: contract `embedding` of one cross-fit model; effects: the fold's effects (training); moments: of the same seed,
-    read for the targets' truth; targets: held-out perturbations of the fold; scale: config embedding.scale.
+    read for the targets' truth; clusters: of the fold, for those of the training perturbations; targets: held-out perturbations of the
+    fold; scale: config embedding.scale.
     Targets that were not located or not measured are listed without a distance.
     """
     place, roles = wide(embedding)
@@ -74,11 +79,13 @@ def draw_location(
     truth = (
         true_places(place, roles, training, estimate_effects(table, both, training.genes), scale) if both else np.zeros((0, place.shape[1]))
     )
-    others = place.loc[roles.index[roles == "train"]].to_numpy()
+    training_places = place.loc[roles.index[roles == "train"]]
+    others = training_places.to_numpy()
+    cluster = maps.read(clusters, "perturbation").set_index("name")["cluster"]
     rows = min(max(len(both), 4), MAX_ROWS)
     with style.sheet(style.PAGE, max(78.0, 26 + 4.2 * rows), png=png, pdf=pdf) as page:
         map_axes, bar_axes = page.fig.subplots(1, 2, width_ratios=(1.0, 1.1))
-        _map(page, map_axes, others, place, both, located, truth)
+        _map(page, map_axes, training_places, cluster, place, both, located, truth)
         if both:
             _distances(bar_axes, place, both, truth, others, locations)
         else:
@@ -89,9 +96,17 @@ def draw_location(
 
 
 def _map(
-    page: style.Sheet, ax: Axes, others: np.ndarray, place: pd.DataFrame, both: list[str], located: list[str], truth: np.ndarray
+    page: style.Sheet,
+    ax: Axes,
+    training: pd.DataFrame,
+    cluster: pd.Series,
+    place: pd.DataFrame,
+    both: list[str],
+    located: list[str],
+    truth: np.ndarray,
 ) -> None:
     second = min(1, place.shape[1] - 1)
+    others = training.to_numpy()
     ax.scatter(others[:, 0], others[:, second], s=7, c=style.LIGHT, linewidths=0, zorder=1)
     if CONTROL in place.index:
         ax.plot(place.loc[CONTROL].iloc[0], place.loc[CONTROL].iloc[second], "+", color=style.BLACK, ms=6, mew=1, zorder=4)
@@ -101,9 +116,15 @@ def _map(
     at = place.loc[located].to_numpy() if located else np.zeros((0, second + 1))
     ax.scatter(at[:, 0], at[:, second], s=12, c=style.PREDICTED, linewidths=0, zorder=3)
     ax.scatter(truth[:, 0], truth[:, second], s=14, c=style.OBSERVED, marker="D", linewidths=0, zorder=3)
-    far = np.argsort(-np.linalg.norm(truth, axis=1), kind="stable")[:10]
-    everything = (np.concatenate([truth[:, 0], at[:, 0]]), np.concatenate([truth[:, second], at[:, second]]))
-    page.label(ax, truth[far, 0], truth[far, second], [style.short(both[i], 18) for i in far], avoid=everything)
+    far = np.argsort(-np.linalg.norm(truth, axis=1), kind="stable")[:MAX_NAMES]
+    origin = place.loc[CONTROL].to_numpy() if CONTROL in place.index else np.zeros(others.shape[1])
+    named = np.argsort(-np.linalg.norm((others - origin)[:, [0, second]], axis=1), kind="stable")[:MAX_TRAINING_NAMES]
+    groups = cluster.reindex(training.index).fillna("-")
+    x, y = (np.concatenate([truth[far, i], others[named, i]]) for i in (0, second))
+    names = [style.short(both[i], 18) for i in far]
+    names += [f"{style.short(training.index[i], 14)} [{groups.iloc[i]}]" for i in named]
+    everything = tuple(np.concatenate([truth[:, i], at[:, i], others[named, i]]) for i in (0, second))
+    page.label(ax, x, y, names, avoid=everything)
     ax.set_xlabel("embedding coordinate 1 (sd)")
     ax.set_ylabel("embedding coordinate 2 (sd)")
     ax.set_title(f"{style.count(len(located), 'located target')} among {style.count(len(others), 'training perturbation')}")

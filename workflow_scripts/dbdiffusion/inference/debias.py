@@ -36,6 +36,8 @@ TAIL_LEVEL = 0.995
 """Level at which the tails must hold too."""
 TELLING = 0.5
 """Share of the pairs that tell it: those with the largest model variance beside the observation's sampling variance."""
+TAIL_PAIRS = 500_000
+"""About so many of them are looked at."""
 CHUNK = 4_000_000
 """Pairs of target and gene handled at once."""
 
@@ -431,17 +433,19 @@ def fit_tails(error: np.ndarray, found: Estimate, sampling: np.ndarray, level: f
     tau = found.variance - found.known
     rest = found.known + sampling
     share = np.divide(tau, tau + rest, out=np.zeros_like(error), where=tau > 0)
-    used = (share > 0) & (share >= np.quantile(share, 1 - TELLING))
-    if not used.any():
+    used = np.flatnonzero((share > 0) & (share >= np.quantile(share, 1 - TELLING)))
+    used = used[:: max(1, len(used) // TAIL_PAIRS)]
+    if not len(used):
         return 1.0, variance.MAX_DF
-    square, tau, rest = (error**2)[used], tau[used], rest[used]
-    df = np.broadcast_to(found.df[:, None], error.shape)[used]
+    square, tau, rest = error.ravel()[used] ** 2, tau.ravel()[used], rest.ravel()[used]
+    df = found.df[used // error.shape[1]]
     grid = np.geomspace(*FACTORS, 61)
+    rank = int(np.ceil(level * len(used))) - 1
     for tail in TAILS:
-        cut = ttest.quantile(level, np.minimum(df, tail)) ** 2
-        covered = np.array([(square <= cut * (f * tau + rest)).mean() for f in grid])
-        enough = np.flatnonzero(covered >= level)
-        factor = float(grid[enough[0]]) if len(enough) else float(grid[-1])
+        # The factor at which each pair's interval would just hold its error.
+        needed = (square / ttest.quantile(level, np.minimum(df, tail)) ** 2 - rest) / tau
+        at = np.searchsorted(grid, np.partition(needed, rank)[rank])
+        factor = float(grid[min(at, len(grid) - 1)])
         far = ttest.quantile(max(level, TAIL_LEVEL), np.minimum(df, tail)) ** 2
         if (square <= far * (factor * tau + rest)).mean() >= max(level, TAIL_LEVEL):
             break

@@ -108,6 +108,48 @@ GENE_FEATURES = Table(
     ("fit", "source", "gene", "dimension"),
 )
 
+GENE_NAMES = Table(
+    "gene_names",
+    "How the genes of a fold's perturbations were found in each source of gene features: what did not match, and what matched but is of "
+    "no use. A combination has a row for each of its genes.",
+    [
+        C("source", "str", "", "feature source: coexpression, or kind and file name"),
+        C("gene", "str", "", "gene of a training perturbation or of a target"),
+        C("role", "str", "", "training, or target alone", choices=("training", "target")),
+        C("name", "str", "", "its name in the source, empty where it was not found"),
+        C(
+            "rule",
+            "str",
+            "",
+            "same name; alias (of the user's table); variant (version, renamed family, dot for hyphen, case); or missing",
+            choices=("same", "alias", "variant", "missing"),
+        ),
+        C("used", "bool", "", "whether it has features: something known of it is shared with the gene of a training perturbation"),
+    ],
+    ("source", "gene"),
+)
+
+ENRICHMENT = Table(
+    "enrichment",
+    "Gene sets that share at least two genes with a cluster of perturbations or of genes, with their hypergeometric test. A report only.",
+    [
+        C("kind", "str", "", "perturbation or gene", choices=("perturbation", "gene")),
+        C("source", "str", "", "feature source of kind gene_sets"),
+        C("cluster", "str", "", "Leiden cluster, as in `clusters`"),
+        C("set", "str", "", "gene set"),
+        C("description", "str", "", "what the file says of the set"),
+        C("overlap", "int", "genes", "genes of the cluster that are in the set"),
+        C("cluster_size", "int", "genes", "genes of the cluster in the universe"),
+        C("set_size", "int", "genes", "members of the set in the universe"),
+        C("universe", "int", "genes", "clustered genes (of single perturbations) that are in some set"),
+        C("fold", "float", "", "overlap divided by the one expected"),
+        C("p", "float", "0-1", "chance of an overlap as large or larger, of a random cluster"),
+        C("q", "float", "0-1", "Benjamini-Hochberg over all clusters and sets of the kind and source"),
+        C("members", "str", "", "the shared genes"),
+    ],
+    ("kind", "source", "cluster", "set"),
+)
+
 LOCATION_QUALITY = Table(
     "location_quality",
     "How well locators place perturbations that are measured but treated as if they were not. One row for each query, locator and set of "
@@ -141,6 +183,14 @@ LOCATION_QUALITY = Table(
         C("purity", "float", "0-1", "share of the positive weight on neighbours in the query's true cluster", missing=True),
         C("purity_random", "float", "0-1", "share of possible neighbours in the query's true cluster", missing=True),
         C("confidence", "float", "0-1", "location confidence (of `in use`)", missing=True),
+        C(
+            "coverage",
+            "float",
+            "0-1",
+            "share of genes whose measured effect is in the interval that the located neighbours alone give, at config location.coverage "
+            "(of `in use`, singles)",
+            missing=True,
+        ),
     ],
     ("seed", "fold", "role", "query", "locator", "features"),
 )
@@ -211,17 +261,51 @@ SCORES = Table(
     ("seed", "fold", "method", "debiased", "target", "metric", "genes"),
 )
 
+CELL_QUALITY = Table(
+    "cell_quality",
+    "Generated cells against half B of the measured cells of their perturbation, beside control cells and the replicate (half A). Of "
+    "held-out (unseen) perturbations no model has read a cell; of seen ones the models were trained on the cells of both halves.",
+    [
+        C("seed", "int", "", "seed of the run"),
+        C("fold", "str", "", "outer fold"),
+        C("role", "str", "", "seen in training by the model that generates, or unseen", choices=("seen", "unseen")),
+        C("perturbation", "str", "", "perturbation"),
+        C("sample", "str", "", "cells that are compared", choices=("generated", "control", "replicate")),
+        C("metric", "str", "", "metric; the mean of effect_slope over perturbations is the slope on true effects"),
+        C("value", "float", "of the metric", "score", missing=True),
+    ],
+    ("seed", "fold", "role", "perturbation", "sample", "metric"),
+)
+
 CALIBRATION = Table(
     "calibration",
     "Do the stated error rates hold? One row per check, method, level and stratum.",
     [
-        C("check", "str", "", "coverage, width, fdr, power, control_guides, permutation, equivalence, doubling, ..."),
-        C("method", "str", "", "predictor or error model"),
-        C("level", "float", "0-1", "nominal level"),
-        C("stratum", "str", "", "all, or the group of genes or targets"),
-        C("value", "float", "of the check", "measured rate", missing=True),
-        C("n", "int", "", "number of trials"),
-        C("low", "float", "of the check", "lower end of its 95 % band", missing=True),
+        C(
+            "check",
+            "str",
+            "",
+            "coverage, width, fdr, power, sign_error, equivalence, control_guides_*, permuted_labels_*, shuffled_effects_*, doubling_*, "
+            "*_truth (simulated screens), *_replicate",
+        ),
+        C(
+            "method",
+            "str",
+            "",
+            "error model, or test of the default prediction (`selection`, `t`), or TEST:PREDICTOR; `lambda_0`, `lambda_1`: the generator "
+            "at a fixed weight",
+        ),
+        C("level", "float", "0-1", "nominal level or rate; of `*_p` and `doubling_log10_p` the quantile"),
+        C(
+            "stratum",
+            "str",
+            "",
+            "`pooled` (all pairs of target and gene together), `per target` or `per guide` (a rate of each, averaged), or the group of "
+            "genes or targets (averaged over targets)",
+        ),
+        C("value", "float", "of the check", "measured rate; quantile of p; p of the test (`*_ks`)", missing=True),
+        C("n", "int", "", "number of trials: pairs where pooled, else targets or guides"),
+        C("low", "float", "of the check", "lower end of its 95 % band (of `*_p`: of uniform p), target or guide as unit", missing=True),
         C("high", "float", "of the check", "upper end of its 95 % band", missing=True),
     ],
     ("check", "method", "level", "stratum"),
@@ -249,10 +333,13 @@ CONTRACTS = {
         EMBEDDING,
         CLUSTERS,
         GENE_FEATURES,
+        GENE_NAMES,
+        ENRICHMENT,
         LOCATION_QUALITY,
         MEANS,
         DE,
         SCORES,
+        CELL_QUALITY,
         CALIBRATION,
         COMPUTE,
     )
