@@ -1,4 +1,5 @@
 # Config, names and resources that all rules share. Nothing here reads data.
+import re
 import sys
 from pathlib import Path
 
@@ -39,7 +40,7 @@ GPUS = 0 if CONFIG.run.device == "cpu" else 1
 
 def names_or_none(names):
     """A wildcard constraint that matches these names, or nothing."""
-    return "|".join(names) if names else "(?!)"
+    return "|".join(map(re.escape, names)) if names else "(?!)"
 
 
 DATASETS = list(CONFIG.datasets)
@@ -68,6 +69,11 @@ def dataset_of(wildcards):
 
 def dataset_block(wildcards):
     return dataset_of(wildcards).model_dump(mode="json")
+
+
+def counts_block(wildcards):
+    """What the counts of a dataset depend on: neither gene features nor how effects are pooled."""
+    return {k: v for k, v in dataset_block(wildcards).items() if k not in ("features", "aliases", "contexts")}
 
 
 def panel_block(wildcards):

@@ -19,7 +19,7 @@ rule simulate_screen:
         mem_mb=memory(2000),
         runtime=minutes(20),
     params:
-        dataset=dataset_block,
+        dataset=counts_block,
         code=code("simulate_screen.py"),
     script:
         "../workflow_scripts/simulate_screen.py"
@@ -95,7 +95,7 @@ rule ingest:
         mem_mb=memory(3000, times_input=8),
         runtime=minutes(60),
     params:
-        dataset=dataset_block,
+        dataset=counts_block,
         code=code("ingest.py"),
     script:
         "../workflow_scripts/ingest.py"
@@ -191,7 +191,7 @@ rule moments:
         mem_mb=memory(3000, times_input=8),
         runtime=minutes(60),
     params:
-        dataset=dataset_block,
+        contexts=lambda wildcards: dataset_of(wildcards).contexts,
         code=code("moments.py"),
     script:
         "../workflow_scripts/moments.py"

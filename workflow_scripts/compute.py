@@ -17,5 +17,6 @@ with stage_log(snakemake.log[0]):
             # All other work of the networks is done where they are trained.
             **dict.fromkeys(("try_guidance", "generate", "permuted_labels", "doubled_cells"), listed(snakemake.input.diffusion_records)),
         },
+        measured=("train_vae", "train_diffusion"),
         out=snakemake.output.compute,
     )

@@ -1,4 +1,4 @@
-"""Rules de_table, score_table and location_quality_table: the tables of all folds and seeds as one."""
+"""Rules de_table, score_table, location_quality_table and cell_quality_table: the tables of all folds and seeds as one."""
 
 from dbdiffusion.runtime.contracts import CONTRACTS
 from dbdiffusion.runtime.log import stage_log

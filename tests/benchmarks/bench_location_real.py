@@ -1,7 +1,7 @@
 """Locations on real screens, without any network: each locator on held-out perturbations, kin that find each other, and doubles.
 
-Run by hand: PYTHONPATH=workflow_scripts python tests/benchmarks/bench_location_real.py [folder of the data] [seeds]
-The folder holds norman2019-k562-500g.h5ad, papalexi2021-thp1-303g.h5ad and annotations/ (default: ../shared/data).
+Run by hand: PYTHONPATH=workflow_scripts python tests/benchmarks/bench_location_real.py FOLDER [seeds]
+FOLDER holds norman2019-k562-500g.h5ad, papalexi2021-thp1-303g.h5ad and annotations/.
 
 Every stage is the workflow's own (ingest, quality control, splits, moments, effects, locations), with three folds and three
 cross-fit models. A target that is not located counts as the training mean. Squared errors are in units of gene noise, divided by
@@ -197,7 +197,7 @@ def doubles(cells: Path, config: FileDataset) -> None:
     print(f"  learned / plain {interval(table['learned'].to_numpy(), table['plain'].to_numpy())}")
 
 
-def main(data: str = "../shared/data", seeds: str = "3") -> None:
+def main(data: str, seeds: str = "3") -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for name, (config, qc) in screens(Path(data)).items():
             cells = prepare(config, qc, Path(temporary) / name)

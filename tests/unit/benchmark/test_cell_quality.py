@@ -114,3 +114,8 @@ def test_equally_many_cells_are_compared(monkeypatch: pytest.MonkeyPatch) -> Non
     made = cell_quality.Made("seen", ["P"], many, np.zeros((1, 3)))
     cell_quality.compared(made, held, replace(many, half=np.array(["B"] * 50)), None, 1.0, 0)
     assert sizes == [(12, 12)] * 3
+    # Fewer generated cells were kept than there are measured ones.
+    sizes.clear()
+    few = replace(made, cells=Pool(sparse.csr_matrix(np.ones((7, 3))), np.array(["P"] * 5 + ["Q"] * 2), np.array([""] * 7)))
+    cell_quality.compared(few, held, replace(many, half=np.array(["B"] * 50)), None, 1.0, 0)
+    assert sizes == [(5, 5)] * 3

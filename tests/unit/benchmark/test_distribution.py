@@ -100,6 +100,18 @@ def test_effect_slope_is_free_of_the_noise_of_what_was_observed():
     predicted[3] = np.nan
     assert np.isnan(distribution.effect_slope(predicted, observed=b, replicate=a)).tolist() == [i == 3 for i in range(40)]
     assert np.isnan(distribution.effect_slope(predicted, observed=-a, replicate=a)).all()
+    # One perturbation alone has no slope.
+    assert np.isnan(distribution.effect_slope(predicted[:1], observed=b[:1], replicate=a[:1])).all()
+    assert np.isnan(distribution.effect_slope(predicted[3:5], observed=b[3:5], replicate=a[3:5])).all()
+
+
+def test_effect_slope_is_lifted_by_learned_noise():
+    """The mean of both halves, which a model of seen perturbations may repeat, scores above the replicate's 1."""
+    random = np.random.default_rng(8)
+    true = random.normal(0, 0.3, (40, 200))
+    a, b = (true + random.normal(0, 0.6, true.shape) for _ in range(2))
+    # <(a + b) / 2, b> / <a, b> = 1 + noise / (2 truth), here 1 + 0.36 / 0.18.
+    assert distribution.effect_slope((a + b) / 2, observed=b, replicate=a).mean() == pytest.approx(3.0, abs=0.3)
 
 
 def test_axes_match_svd_and_limit_components():

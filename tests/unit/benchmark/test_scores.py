@@ -142,6 +142,36 @@ def test_same_inputs_same_bytes_and_foreign_genes_are_refused(scored):
         scores.write_scores(**scored.arguments | {"generated": scored.folder / "short.h5ad"}, out=again)
 
 
+@pytest.mark.parametrize("wrap", [np.asarray, sparse.csr_matrix])
+def test_generated_cells_are_read_in_blocks_and_as_asked(tmp_path, monkeypatch, wrap):
+    random = np.random.default_rng(0)
+    values = (random.random((23, 6)) * (random.random((23, 6)) < 0.5)).astype(np.float32)
+    label, genes = np.array(["a", "b", "c"])[random.integers(3, size=23)], pd.Index(["g4", "g0", "g3"])
+    obs = pd.DataFrame({"perturbation": pd.Categorical(label)}, index=[f"c{i}" for i in range(23)])
+    anndata.AnnData(wrap(values), obs=obs, var=pd.DataFrame(index=[f"g{i}" for i in range(6)])).write_h5ad(tmp_path / "g.h5ad")
+    monkeypatch.setattr(scores, "BLOCK_CELLS", 5)
+    for asked, keep in ((None, label != ""), (["c", "a", "x"], label != "b"), (["x"], label == "x")):
+        pool = scores.read_generated(tmp_path / "g.h5ad", genes, asked)
+        np.testing.assert_array_equal(pool.values.toarray(), values[keep][:, [4, 0, 3]])
+        assert pool.values.dtype == np.float32 and pool.perturbation.tolist() == label[keep].tolist() and len(pool.half) == keep.sum()
+
+
+def test_all_samples_have_as_many_cells_as_were_generated(scored, monkeypatch):
+    """Also where none were generated: the other methods are compared then."""
+    made, first = anndata.read_h5ad(scored.arguments["generated"]), scored.truth.targets[0]
+    own = np.flatnonzero(made.obs["perturbation"] == first)
+    sizes = []
+    monkeypatch.setattr(scores.distribution, "compare", lambda x, y, **_: sizes.append((len(x), len(y))) or {})
+    fold = scores.Fold(scored.truth, scored.effects, CONFIG, "0", 1)
+    locations = LocationSet.read(scored.arguments["locations"], "all", scored.effects.perturbations)
+    for kept, expected in ((11, {(11, 11)}), (0, {(0, 30), (30, 30)})):
+        made[np.setdiff1d(np.arange(made.n_obs), own[kept:])].copy().write_h5ad(scored.folder / "few.h5ad")
+        sizes.clear()
+        options = {"cells": scored.arguments["cells"], "splits": Splits.read(scored.arguments["splits"])}
+        scores.score_cells(**options, generated=scored.folder / "few.h5ad", locations=locations, fold=fold)
+        assert set(sizes[:5]) == expected and set(sizes[5:]) == {(30, 30)}
+
+
 def test_one_target_and_no_target(scored, screen):
     splits = Splits.read(screen.splits)
     held = splits.targets("0")

@@ -19,12 +19,27 @@ def errors(best: float, rows: int = 3, scale: float = 1.0) -> dict[str, list[flo
     return {f"P{i}": (scale * np.square(np.array(STRENGTHS) - best) + i).tolist() for i in range(rows)}
 
 
-def test_smallest_mean_error_wins_and_ties_take_the_smaller() -> None:
+def test_smallest_mean_error_wins() -> None:
     assert best_strength([errors(0.3)]) == 0.3
-    # One row of the other model outweighs three: means are over pseudo-targets.
-    assert best_strength([errors(0.0), errors(1.0, 1, scale=100)]) == 1.0
-    assert best_strength([{"P": (1 - 1e-5 * np.arange(len(STRENGTHS))).tolist()}]) == 0.0
-    assert best_strength([{}]) == best_strength([]) == 0.0
+    # Means are over pseudo-targets, whatever their model.
+    assert best_strength([errors(0.0, 3), errors(0.5, 30)]) == 0.5
+    # Differences that are none, and too few rows to know.
+    assert best_strength([{name: (1 - 1e-5 * np.arange(len(STRENGTHS))).tolist() for name in "PQ"}]) == 0.0
+    assert best_strength([errors(0.3, 1)]) == best_strength([{}]) == best_strength([]) == 0.0
+
+
+def test_no_guidance_is_left_on_evidence_only() -> None:
+    """Noise leaves it seldom and one outlier never; a gain of the size of the noise is found with pseudo-targets enough."""
+    # The mean error is smallest at 0.5, by one row of four.
+    assert best_strength([errors(0.0, 3), errors(0.5, 1, scale=100)]) == 0.0
+    random = np.random.default_rng(0)
+
+    def chosen(gain: float) -> np.ndarray:
+        rows = 5 + random.normal(0, 1, (400, 40, len(STRENGTHS))) - gain * (np.array(STRENGTHS) == 0.3)
+        return np.array([best_strength([{str(i): row.tolist() for i, row in enumerate(one)}]) for one in rows])
+
+    assert (chosen(0.0) == 0).mean() > 0.85
+    assert (chosen(1.5) == 0.3).mean() > 0.95
 
 
 def test_a_models_own_errors_do_not_choose_for_its_pseudo_targets(tmp_path: Path) -> None:
@@ -35,8 +50,8 @@ def test_a_models_own_errors_do_not_choose_for_its_pseudo_targets(tmp_path: Path
     chosen = read_json(tmp_path / "guidance.json")
     assert chosen["models"] == {"0": 0.5, "1": 0.3, "2": 0.5} and chosen["targets"] == 0.5 and chosen["seen"] == 0.2
     assert chosen["pseudo_targets"] == 14 and chosen["difference_error"][0] == 0
-    for replaced in (1.0, 0.0):
-        Trial("2", errors(replaced, 4, scale=1e3), {}).write(files[2])
+    for replaced in (0.2, 0.0):
+        Trial("2", errors(replaced, 20, scale=1e3), {}).write(files[2])
         write_guidance(files, tmp_path / "other.json")
         other = read_json(tmp_path / "other.json")
         assert other["models"]["2"] == chosen["models"]["2"]

@@ -117,7 +117,7 @@ def test_weighted_curves_are_those_of_repeated_pseudo_targets():
     scores, labels = pairs(7, 10, 15)
     count = np.array([1, 2, 1, 3, 1, 1, 2, 1, 1, 1])
     repeated = np.repeat(scores, count, axis=0), np.repeat(labels, count, axis=0)
-    grid, rates = selection.pooled_curve(scores, labels, count.astype(float))
+    grid, rates = selection.pooled_curve(scores, labels, count.astype(float), 3.0)
     called = repeated[0] >= grid[:, None, None]
     false = called & ~repeated[1]
     share = (false.sum(2) / np.maximum(called.sum(2), 1)).sum(1)
@@ -152,10 +152,22 @@ def test_weights_hold_the_rate_for_targets_that_are_located_worse_than_pseudo_ta
 
 def test_weights_are_one_where_confidence_is_the_same_and_bounded_where_it_is_not():
     random = np.random.default_rng(9)
-    assert np.array_equal(selection.confidence_weights(np.full(5, 0.3), np.full(3, 0.3)), np.ones(5))
-    weights = selection.confidence_weights(random.random(200), 0.2 * random.random(50))
+    same, one = selection.confidence_weights(np.full(5, 0.3), np.full(3, 0.3))
+    assert np.array_equal(same, np.ones(5))
+    assert one == 1
+    weights, most = selection.confidence_weights(random.random(200), 0.2 * random.random(50))
     assert weights.mean() == pytest.approx(1)
     assert weights.max() / weights.min() <= selection.MAX_WEIGHT**2
+    assert most >= weights.max()
+
+
+def test_targets_far_from_all_pseudo_targets_make_calls_more_cautious():
+    random = np.random.default_rng(10)
+    labels = np.repeat(np.arange(10) < 5, 20)[None, :].repeat(40, 0)
+    scores = labels + 0.1 * random.normal(size=labels.shape)
+    scored = selection.Scored(np.zeros(1), scores, labels, random.uniform(0.4, 0.9, 40))
+    near, far = (scored.calibrated("pooled", 0.1, np.full(20, c)).curve[1].min() for c in (0.65, 0.1))
+    assert far > 2 * near
 
 
 def test_uninformative_screens_get_no_calls_and_one_class_gives_a_rate():

@@ -44,7 +44,7 @@ class Made:
         kept = [name for name in names if name in made.perturbations]
         columns = made.genes.get_indexer(genes)
         control = made.mean[made.rows([CONTROL])[0], columns]
-        return cls(role, kept, read_generated(generated, genes), made.mean[made.rows(kept)][:, columns] - control)
+        return cls(role, kept, read_generated(generated, genes, kept), made.mean[made.rows(kept)][:, columns] - control)
 
 
 def seen_by(means: Sequence[str | Path], among: set[str]) -> list[list[str]]:
@@ -64,10 +64,11 @@ def compared(made: Made, held: Pool, controls: Pool, axes: distribution.Axes, ba
     for name in made.names:
         draws = rng(seed, "benchmark", "cell quality", made.role, name)
         half_a, half_b = (np.flatnonzero((held.perturbation == name) & (held.half == half)) for half in ("A", "B"))
-        count = min(len(half_a), len(half_b), SAMPLE_CELLS)
+        own = np.flatnonzero(made.cells.perturbation == name)
+        count = min(len(half_a), len(half_b), len(own), SAMPLE_CELLS)
         observed = held.draw(half_b, count, draws)
         samples = (
-            made.cells.draw(np.flatnonzero(made.cells.perturbation == name), count, draws),
+            made.cells.draw(own, count, draws),
             controls.draw(np.flatnonzero(controls.half == "B"), count, draws),
             held.draw(half_a, count, draws),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -27,11 +27,18 @@ def _jobs(rule: str, path: str | Path) -> pd.DataFrame:
     return pd.DataFrame({"rule": rule, "seconds": table["s"].astype(float), "memory": table["max_rss"].astype(float) / MIB_PER_GIB})
 
 
-def write_compute(*, benchmarks: Mapping[str, Sequence[str | Path]], records: Mapping[str, Sequence[str | Path]], out: str | Path) -> None:
+def write_compute(
+    *,
+    benchmarks: Mapping[str, Sequence[str | Path]],
+    records: Mapping[str, Sequence[str | Path]],
+    measured: Collection[str],
+    out: str | Path,
+) -> None:
     """Write contract `compute`: one row per rule.
 
     benchmarks: Snakemake benchmark files by rule (columns s, max_rss in MiB; rows are jobs); records: JSON records by rule, whose
-    entries `device` and `gpu_memory_gib`, where present, say where that rule ran. Rules without records ran on the CPU.
+    entries `device` and `gpu_memory_gib`, where present, say where that rule ran. Rules without records ran on the CPU. measured: the rules
+    whose own GPU memory the records state; that of others (which take the device from the records of a training) is missing.
     """
     rows = []
     for rule in sorted(benchmarks):
@@ -41,7 +48,7 @@ def write_compute(*, benchmarks: Mapping[str, Sequence[str | Path]], records: Ma
         table = pd.concat(jobs)
         notes = [read_json(path) for path in records.get(rule, [])]
         devices = sorted({str(note["device"]) for note in notes if note.get("device")}) or ["cpu"]
-        gpu = [float(note["gpu_memory_gib"]) for note in notes if note.get("gpu_memory_gib") is not None]
+        gpu = [float(note["gpu_memory_gib"]) for note in notes if note.get("gpu_memory_gib") is not None] if rule in measured else []
         peak = table["memory"].max()
         rows.append(
             (rule, len(table), table["seconds"].sum(), 0.0 if pd.isna(peak) else peak, max(gpu, default=float("nan")), ", ".join(devices))

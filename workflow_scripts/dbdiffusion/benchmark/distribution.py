@@ -112,14 +112,16 @@ def gene_correlations(cells: np.ndarray, axes: Axes) -> np.ndarray:
 
 
 def effect_slope(predicted: np.ndarray, *, observed: np.ndarray, replicate: np.ndarray) -> np.ndarray:
-    """(T,) whose mean is the slope of predicted on true effects (T, G), free of the sampling error of what was observed.
+    """(T,) whose mean is the slope of predicted on true effects (T, G).
 
-    Regressed on observed effects, predictions are attenuated by the noise of the regressor. With half A (`replicate`) as its instrument the
-    slope is sum <p_t, b_t> / sum <a_t, b_t>, b half B (`observed`); value of t: <p_t, b_t> / mean_s <a_s, b_s>. Rows with NaN are left out;
-    NaN where the halves do not agree.
+    Regressed on observed effects, predictions are attenuated by the noise of the regressor. Regressed on half A (`replicate`) with half B
+    (`observed`) as its instrument, the slope is sum <p_t, b_t> / sum <a_t, b_t>; value of t: <p_t, b_t> / mean_s <a_s, b_s>. That of half A
+    is 1 by construction. The slope is free of the sampling error of measured effects where the prediction has not learned from half B: one
+    that has (seen perturbations) repeats its noise, which lifts the slope, and would score above 1 by repeating the mean it was trained on.
+    Rows with NaN are left out. NaN for fewer than two targets, or where the halves do not agree.
     """
     out, ok = np.full(len(predicted), np.nan), np.isfinite(predicted).all(axis=1)
-    shared = (replicate[ok] * observed[ok]).sum(axis=1).mean() if ok.any() else 0.0
+    shared = (replicate[ok] * observed[ok]).sum(axis=1).mean() if ok.sum() > 1 else 0.0
     if shared > 1e-12:
         out[ok] = (predicted[ok] * observed[ok]).sum(axis=1) / shared
     return out

@@ -7,7 +7,8 @@ ceiling as a method. Predicted effects are differences to the control mean of al
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,8 @@ AXES_CELLS = 5000
 """Training cells, and control cells, that the fixed PCA is fitted on."""
 SAMPLE_CELLS = 300
 """Cells of a sample in distribution scores: distances between cells grow with its square."""
+BLOCK_CELLS = 4096
+"""Generated cells that are read at once."""
 
 Scores = dict[tuple[str, str], np.ndarray]
 """(metric, genes) -> (T,) values."""
@@ -125,18 +128,23 @@ class Pool:
         return self.values[np.sort(random.choice(len(chance), count, p=chance / chance.sum()))].toarray().astype(float)
 
 
-def read_generated(path: str | Path, genes: pd.Index) -> Pool:
-    """Generated cells on the panel. Raises UserError when a gene of the panel is absent."""
+def read_generated(path: str | Path, genes: pd.Index, perturbations: Iterable[str] | None = None) -> Pool:
+    """Generated cells of these perturbations (default: all) on the panel. Raises UserError when a gene of the panel is absent."""
     import anndata
 
-    table = anndata.read_h5ad(path)
-    columns = pd.Index(table.var_names.astype(str)).get_indexer(genes)
-    if (columns < 0).any():
-        raise UserError(
-            f"gene {genes[columns < 0][0]!r} of the panel is absent", where=str(path), fix="generate from the same effects table"
-        )
-    label = table.obs["perturbation"].astype(str).to_numpy()
-    return Pool(sparse.csr_matrix(table.X)[:, columns], label, np.full(len(label), ""))
+    table = anndata.read_h5ad(path, backed="r")
+    with closing(table.file):
+        columns = pd.Index(table.var_names.astype(str)).get_indexer(genes)
+        if (columns < 0).any():
+            raise UserError(
+                f"gene {genes[columns < 0][0]!r} of the panel is absent", where=str(path), fix="generate from the same effects table"
+            )
+        label = table.obs["perturbation"].astype(str).to_numpy()
+        keep = np.ones(len(label), bool) if perturbations is None else np.isin(label, list(perturbations))
+        # In blocks: the cells of all perturbations, dense as they are stored, need not fit in memory.
+        blocks = [slice(first, first + BLOCK_CELLS) for first in range(0, len(label), BLOCK_CELLS)]
+        values = sparse.vstack([sparse.csr_matrix(table.X[at][keep[at]][:, columns]) for at in blocks], format="csr")
+    return Pool(values, label[keep], np.full(keep.sum(), ""))
 
 
 def _neighbour_weights(locations: LocationSet, target: str) -> pd.Series:
@@ -159,7 +167,7 @@ def score_cells(*, cells: str | Path, splits: Splits, generated: str | Path, loc
         return Pool.load(cells, names, genes, splits, limit=limit, seed=derive_seed(seed, "benchmark", "cells", *names[:1]))
 
     pool, controls, held = load(splits.training(fold.name), POOL_CELLS), load([CONTROL], AXES_CELLS), load(list(targets), TARGET_CELLS)
-    synthetic = read_generated(generated, genes)
+    synthetic = read_generated(generated, genes, targets)
     random = rng(seed, "benchmark", "axes", fold.name)
     anywhere, base = (source.draw(random.permutation(len(source.half)), AXES_CELLS, random) for source in (pool, controls))
     axes = distribution.fit_axes(np.vstack([anywhere, base]), fold.config.distribution_components)
@@ -169,10 +177,12 @@ def score_cells(*, cells: str | Path, splits: Splits, generated: str | Path, loc
     for target in targets:
         draws = rng(seed, "benchmark", "distribution", fold.name, target)
         half_a, half_b = (np.flatnonzero((held.perturbation == target) & (held.half == half)) for half in ("A", "B"))
-        count = min(len(half_a), len(half_b), SAMPLE_CELLS)
+        own = np.flatnonzero(synthetic.perturbation == target)
+        # A target that could not be located has no generated cells: the other methods are compared without it.
+        count = min(len(half_a), len(half_b), len(own) or SAMPLE_CELLS, SAMPLE_CELLS)
         observed = held.draw(half_b, count, draws)
         samples = {
-            GENERATOR: synthetic.draw(np.flatnonzero(synthetic.perturbation == target), count, draws),
+            GENERATOR: synthetic.draw(own, count, draws),
             "control": controls.draw(np.arange(len(controls.half)), count, draws),
             "training_mean": pool.draw(np.arange(len(pool.half)), count, draws),
             "neighbour_mean": pool.draw_weighted(_neighbour_weights(locations, target), count, draws),

@@ -4,8 +4,9 @@ Each cross-fit model generates the pseudo-targets of its own inner fold from the
 same random numbers, so that strengths differ by guidance alone. The error of a strength is the squared difference of generated and measured
 effect, averaged over genes and then over pseudo-targets: means are what the inference takes from the generator, and pseudo-targets stand
 where targets stand, so the error tells how far effects of located perturbations may be stretched. The strength for targets is that of the
-smallest error over all models; that for the pseudo-targets of model q is chosen without the errors of model q, so that no measured effect
-of a pseudo-target decides how it is predicted. Of equal errors the smaller strength is taken.
+smallest error over all models; that for the pseudo-targets of model q is chosen without the errors of model q, so that no pseudo-target's
+own error chooses for it (the other models were trained on its cells: what reaches it by them is one number of a short grid). Guidance
+needs evidence: there is none unless the smallest error is below that of no guidance by two standard errors of their paired difference.
 
 Located embeddings are means over neighbours and shrink effects; a perturbation seen in training has an embedding of its own, which does so
 less. The strength for seen perturbations is therefore chosen on the strongest of them, by the error to the cells they were learned from.
@@ -24,7 +25,7 @@ from dbdiffusion.generative.diffusion import Conditions
 from dbdiffusion.generative.generate import Generator, load_generator, rows_to_generate
 from dbdiffusion.runtime.files import read_json, write_json
 
-STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)
+STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5)
 CELLS = 100
 """Cells of each pseudo-target and strength: with common random numbers, enough for differences between strengths."""
 EQUAL = 1.0e-3
@@ -51,7 +52,8 @@ class Trial:
 def trial_errors(generator: Generator, known: Conditions, effects: EffectSet) -> np.ndarray:
     """(P, S) mean squared error over genes of the effects of `known`'s perturbations against the unguided control, which is among them.
 
-    Less the Monte-Carlo variance, which grows with guidance: that of differences between cells of the same random numbers.
+    Less the Monte-Carlo variance, which grows with guidance: that of differences between cells of the same random numbers. It is of cells
+    as they are drawn: a little low for gaussian decoders, whose draws are clipped at 0.
     """
     (control, level, _), *_ = generator.sampled(known.take([CONTROL]).values, 0.0)
     known = known.take([name for name in known.names if name != CONTROL])
@@ -91,10 +93,14 @@ def write_trial(
 
 
 def best_strength(errors: list[dict[str, list[float]]]) -> float:
-    """The smallest strength whose mean error over perturbations is, but for EQUAL, the smallest; 0 where there are none."""
-    rows = [row for one in errors for row in one.values()]
-    mean = np.mean(rows, axis=0) if rows else np.zeros(1)
-    return STRENGTHS[int(np.flatnonzero(mean <= mean.min() + EQUAL * abs(mean.min()))[0])]
+    """The strength of smallest mean error, where it beats no guidance by two standard errors of the paired difference; else 0."""
+    rows = np.array([row for one in errors for row in one.values()])
+    if len(rows) < 2:
+        return 0.0
+    gap = rows - rows[:, :1]
+    mean, error = gap.mean(axis=0), gap.std(axis=0, ddof=1) / np.sqrt(len(gap))
+    best = int(mean.argmin())
+    return STRENGTHS[best] if mean[best] < -2 * error[best] - EQUAL * abs(rows.mean()) else 0.0
 
 
 def write_guidance(trials: list[str | Path], out: str | Path) -> None:

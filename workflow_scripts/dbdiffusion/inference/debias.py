@@ -30,11 +30,11 @@ MIN_PSEUDO = 3
 MAX_FOLDS = 10
 FACTORS = (0.1, 2.0)
 """Range of the factor that fits intervals to their level."""
-TAILS = (1e4, 30.0, 15.0, 10.0, 7.0, 5.0, 4.0, 3.0)
+TAILS = (1e4, 30.0, 15.0, 10.0, 7.0, 5.0, 4.0)
 """Degrees of freedom that fit the errors' tails, tried from the lightest to the heaviest."""
 TAIL_LEVEL = 0.995
 """Level at which the tails must hold too."""
-TELLING = 0.5
+TELLING = 0.35
 """Share of the pairs that tell it: those with the largest model variance beside the observation's sampling variance."""
 TAIL_PAIRS = 500_000
 """About so many of them are looked at."""
@@ -236,7 +236,8 @@ class Model:
 
     weights: of the variates; prior (G,), prior_left (H, G): mean square of standardised errors, moderated; local_scale,
     local_df: scaled F of local variances against the prior; df_prior: its own degrees of freedom; scale (G,),
-    scale_left (H, G): what the errors' normal scores ask the variance to be multiplied with; own (G,): typical sampling
+    scale_left (H, G): what the errors' normal scores ask the variance to be multiplied with (with one factor common to all,
+    as df_tail is, that all of them tell); own (G,): typical sampling
     variance of an observed mean; calibrated: whether pseudo-targets of this kind stand behind it; df_tail: largest
     degrees of freedom that the errors' tails allow.
     """
@@ -427,27 +428,29 @@ def fit_tails(error: np.ndarray, found: Estimate, sampling: np.ndarray, level: f
     `level` and in the tails (TAIL_LEVEL).
 
     Errors have heavier tails than t (most perturbations leave a gene alone, some change it much): intervals of unit scale
-    would be too wide at the usual levels, and p far below 1 - level too small. Sampling variances are known and not scaled;
-    only the pairs in which they weigh least tell about tau^2.
+    would be too wide at the usual levels, and p far below 1 - level too small. The observation's own sampling error is normal and
+    has the normal quantile; only the pairs in which it weighs least tell about tau^2.
     """
     tau = found.variance - found.known
-    rest = found.known + sampling
-    share = np.divide(tau, tau + rest, out=np.zeros_like(error), where=tau > 0)
+    total = found.variance + sampling
+    share = np.divide(tau, total, out=np.zeros_like(error), where=tau > 0)
     used = np.flatnonzero((share > 0) & (share >= np.quantile(share, 1 - TELLING)))
     used = used[:: max(1, len(used) // TAIL_PAIRS)]
     if not len(used):
         return 1.0, variance.MAX_DF
-    square, tau, rest = error.ravel()[used] ** 2, tau.ravel()[used], rest.ravel()[used]
+    square, tau, known, own = (x.ravel()[used] for x in (error**2, tau, found.known, sampling))
     df = found.df[used // error.shape[1]]
+    far = max(level, TAIL_LEVEL)
     grid = np.geomspace(*FACTORS, 61)
     rank = int(np.ceil(level * len(used))) - 1
     for tail in TAILS:
         # The factor at which each pair's interval would just hold its error.
-        needed = (square / ttest.quantile(level, np.minimum(df, tail)) ** 2 - rest) / tau
+        cut = ttest.quantile(level, np.minimum(df, tail)) ** 2
+        needed = ((square - norm.ppf(0.5 + level / 2) ** 2 * own) / cut - known) / tau
         at = np.searchsorted(grid, np.partition(needed, rank)[rank])
         factor = float(grid[min(at, len(grid) - 1)])
-        far = ttest.quantile(max(level, TAIL_LEVEL), np.minimum(df, tail)) ** 2
-        if (square <= far * (factor * tau + rest)).mean() >= max(level, TAIL_LEVEL):
+        cut = ttest.quantile(far, np.minimum(df, tail)) ** 2
+        if (square <= cut * (factor * tau + known) + norm.ppf(0.5 + far / 2) ** 2 * own).mean() >= far:
             break
     return factor, tail
 

@@ -176,40 +176,41 @@ class Selector:
 
 
 MAX_WEIGHT = 5.0
-"""Largest weight of a pseudo-target, and one over the smallest."""
+"""Largest weight, before weights are scaled to mean 1, and one over the smallest."""
 
 
-def confidence_weights(pseudo: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Weights (K,) that make pseudo-targets as confidently located as the targets (T,) are; their mean is 1.
+def confidence_weights(pseudo: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, float]:
+    """Weights (K,) that make pseudo-targets as confidently located as the targets (T,) are, with mean 1; and the largest
+    weight of anyone, targets included, which is what one more error counts.
 
     The odds that a perturbation of that confidence is a target, from a logistic regression with ridge penalty: the density
     ratio of weighted conformal prediction (Tibshirani et al. 2019), for targets that were not drawn as the measured perturbations were.
     """
-    everyone = np.concatenate([pseudo, targets])
+    everyone = np.concatenate([pseudo, targets]).astype(float)
     width = everyone.std()
     if width < 1e-9 or not len(targets):
-        return np.ones(len(pseudo))
+        return np.ones(len(pseudo)), 1.0
     z = (everyone - everyone.mean()) / width
     beta = ridge_logistic(z[:, None], np.arange(len(z)) >= len(pseudo), np.ones(1))
-    weights = np.exp(beta[1] * z[: len(pseudo)])
-    weights = np.clip(weights / weights.mean(), 1 / MAX_WEIGHT, MAX_WEIGHT)
-    return weights / weights.mean()
+    weights = np.exp(beta[1] * z)
+    weights = np.clip(weights / weights[: len(pseudo)].mean(), 1 / MAX_WEIGHT, MAX_WEIGHT)
+    weights /= weights[: len(pseudo)].mean()
+    return weights[: len(pseudo)], float(weights.max())
 
 
-def pooled_curve(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def pooled_curve(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray, most: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Thresholds (ascending) and the false discovery rate of `call all pairs with a score at least that`.
 
-    The larger of two estimates from the K pseudo-targets (rows, with weights w), each with one error more than was seen:
-    pooled, (1 + sum w false calls) / (sum w calls): conformal p-values with Benjamini-Hochberg over a population of targets;
-    per target, (1 + sum w false discovery proportions) / (1 + sum w): the conformal risk control bound (Angelopoulos et
-    al. 2024), for which the perturbation is the unit and dependence between its genes does not matter.
+    The larger of two estimates from the K pseudo-targets (rows, with weights w), each with one error more than was seen, of
+    weight m (`most`): pooled, (m + sum w false calls) / (sum w calls): conformal p-values with Benjamini-Hochberg over a
+    population of targets; per target, (m + sum w false discovery proportions) / (m + sum w): the conformal risk control
+    bound (Angelopoulos et al. 2024), for which the perturbation is the unit and dependence between its genes does not matter.
     Each threshold has the least rate among itself and looser ones, as in the step-up procedure.
     """
     n_genes = scores.shape[1]
     flat = scores.ravel()
     order = np.argsort(-flat, kind="stable")
     false, owner = ~labels.ravel()[order], order // n_genes
-    most = weights.max()
     pooled = (most + np.cumsum(weights[owner] * false)) / np.cumsum(weights[owner])
     per_target = (most + _running_fdp(owner, false, weights)) / (most + weights.sum())
     rate = np.minimum(np.maximum(pooled, per_target), 1.0)
@@ -235,14 +236,15 @@ def _running_fdp(owner: np.ndarray, false: np.ndarray, weights: np.ndarray) -> n
     return np.cumsum(weights[owner] * out)
 
 
-def target_curve(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def target_curve(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray, most: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """Levels of Benjamini-Hochberg within a target (ascending) and the mean false discovery proportion they give.
 
-    Conformal p of each pseudo-target from the other ones, all with weights (K,); (1 + sum w false discovery proportions) /
-    (1 + sum w), at the worst level not above: conformal risk control with the perturbation as unit.
+    Conformal p of each pseudo-target from the other ones, all with weights (K,); (m + sum w false discovery proportions) /
+    (m + sum w) with m the weight of one more error (`most`), at the worst level not above: conformal risk control with the
+    perturbation as unit.
     """
     n_targets, n_genes = scores.shape
-    most, null = weights.max(), _Null.of(scores, labels, weights)
+    null = _Null.of(scores, labels, weights)
     p = np.empty(scores.shape)
     for k in range(n_targets):
         own = np.sort(scores[k][~labels[k]])
@@ -339,10 +341,12 @@ class Scored:
         kept = _confident(self.scores, self.labels, self.confidence, q)
         scores, labels = self.scores[kept], self.labels[kept]
         least = float(self.confidence[kept].min()) if not kept.all() else -np.inf
-        weights = np.ones(len(scores)) if targets is None else confidence_weights(self.confidence[kept], targets[targets >= least])
-        curve = (pooled_curve if unit == "pooled" else target_curve)(scores, labels, weights)
+        weights, most = np.ones(len(scores)), 1.0
+        if targets is not None:
+            weights, most = confidence_weights(self.confidence[kept], targets[targets >= least])
+        curve = (pooled_curve if unit == "pooled" else target_curve)(scores, labels, weights, most)
         null = _Null.of(scores, labels, weights)
-        return Selector(self.coefficients, least, null, weights.max(), weights.sum() * scores.shape[1], unit, curve)
+        return Selector(self.coefficients, least, null, most, weights.sum() * scores.shape[1], unit, curve)
 
 
 def fit_scores(x: Features, labels: np.ndarray, folds: np.ndarray, pairs: int, random: np.random.Generator) -> Scored:
