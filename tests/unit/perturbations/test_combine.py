@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from dbdiffusion.perturbations.combine import PENALTIES, Rule, Sums, Trial, groups_of, kind_of, learn_rule, locate_all
+from dbdiffusion.perturbations.combine import PENALTIES, Rule, Sums, Trial, groups_of, kind_of, learn_rule, locate_all, spared
 from dbdiffusion.perturbations.features import GeneFeatures
 from dbdiffusion.perturbations.locators import Confidence, KernelLocator, Known, Ranked
 
@@ -89,6 +89,42 @@ def test_unlocatable_part(parts) -> None:
     assert (found.info["confidence"].iloc[:2] == 0).all()
     frame = found.to_frame("all")
     assert list(frame.loc[frame["query"] == "NOBODY", "neighbour"]) == [""]
+
+
+def test_located_parts_are_no_neighbours_of_each_other(parts) -> None:
+    """A pseudo-target A+B is located as if neither part had been measured; parts that are measured may be neighbours."""
+    found = locate(parts, ["A", "B", "A+B", "A+C"], measured=["C", "D"])
+    a, b, both, mixed = found.weights
+    at = [TRAINING.get_loc(name) for name in "ABCD"]
+    assert min(a[at[1]], b[at[0]]) > 1e-4
+    assert both[at[0]] == both[at[1]] == 0
+    expected = np.zeros(4)
+    for weights, other in ((a[at], 1), (b[at], 0)):
+        weights[other] = 0
+        expected += weights / weights.sum()
+    np.testing.assert_allclose(both[at], expected)
+    np.testing.assert_allclose(both.sum(), 1)
+    np.testing.assert_allclose(mixed[at], found.weights[0, at] + [0, 0, 1, 0])
+    assert mixed[at[1]] > 1e-4
+
+
+def test_a_part_that_is_like_nothing_but_another_part_is_not_locatable() -> None:
+    values = np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.0, 1.0]])
+    known = Known(SINGLES, SINGLES, {"f": GeneFeatures("f", pd.Index(SINGLES), values)}, lambda: None)
+    ranking = [Ranked(KernelLocator(("f",), 1, 0.1), 0.5, SURE)]
+    info = locate((known, ranking), ["A+B", "A"], measured=["C", "D"]).info
+    assert list(info["status"]) == ["not_locatable", "located"]
+    assert info["reason"].iloc[0] == "part A: nothing but another part of the combination is like it"
+    assert info["confidence"].iloc[0] == info["k_eff"].iloc[0] == 0
+
+
+def test_weights_of_barred_neighbours_go_to_the_others_within_reason() -> None:
+    np.testing.assert_allclose(spared(np.array([0.5, 0.3, 0.2]), SINGLES[:3], {"A"}), [0, 0.6, 0.4])
+    mixed = np.array([0.95, 1.0, -0.95])
+    assert spared(mixed, SINGLES[:3], {"A"}) is None
+    assert spared(np.array([1.0, 0.0]), SINGLES[:2], {"A"}) is None
+    # Where nobody is barred weights stay as they are, however large.
+    np.testing.assert_array_equal(spared(2 * mixed - 0.5, SINGLES[:3], {"D"}), 2 * mixed - 0.5)
 
 
 def trials(factors, n=8, noise=0.3, kind="measured", seed=0, genes=60) -> list[Trial]:

@@ -256,3 +256,19 @@ def test_moments_by_batch_add_up_to_the_plain_ones(tiny_screen: Path, moments: M
                 np.testing.assert_allclose(one, two, atol=1e-10)
             np.testing.assert_array_equal(split.batch_cells(name, half), moments.batch_cells(name, half))
     assert np.isfinite(estimate_effects(split, split.perturbations).effect).all()
+
+
+def test_a_gene_seen_in_a_single_cell_is_not_certain() -> None:
+    """Seen only in a context with one cell it does not vary within contexts: the variance over all cells stands in."""
+    moments = _contexts(np.random.default_rng(4), {"control": [40, 40], "A": [30, 1]}, np.zeros((2, 5)), genes=5)
+    # Rows: control in both batches, A in both batches.
+    moments.sum[:, 0], moments.sum_sq[:, 0] = [0, 0, 0, 2.0], [0, 0, 0, 4.0]
+    found = estimate_effects(moments, ["A"])
+    total = np.var([0.0] * 30 + [2.0], ddof=1)
+    assert found.effect[0, 0] == pytest.approx(2 / 31)
+    assert found.se[0, 0] >= np.sqrt(total / 31) * (1 - 1e-9)
+    assert found.effect[0, 0] / found.se[0, 0] < 3
+    assert found.variance[0, 0] >= total * (1 - 1e-9)
+    # A gene that nobody expresses keeps a standard error of next to nothing.
+    moments.sum[:, 1] = moments.sum_sq[:, 1] = 0
+    assert estimate_effects(moments, ["A"]).se[0, 1] < 1e-100

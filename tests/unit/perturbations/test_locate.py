@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import anndata
 import numpy as np
@@ -22,7 +23,7 @@ from dbdiffusion.data.splits import Splits, write_splits
 from dbdiffusion.perturbations.effects import write_effects
 from dbdiffusion.perturbations.embedding import write_embedding
 from dbdiffusion.perturbations.locate import Plan, choose, combination_trials, learning_groups, make_learner, singles, write_locations
-from dbdiffusion.perturbations.locators import candidates
+from dbdiffusion.perturbations.locators import Confidence, Known, Located, Ranked, candidates
 from dbdiffusion.runtime import contracts
 
 OUTPUTS = ("effects.parquet", "panel.json", "locations.parquet", "clusters.parquet", "gene_features.parquet", "gene_names.parquet")
@@ -368,6 +369,51 @@ def test_combinations_are_tried_without_the_cells_of_parts_that_are_taken_as_unm
         np.testing.assert_array_equal(trial.truth, values[name])
         if kind == "measured":
             np.testing.assert_allclose(trial.terms.sum(axis=0), np.sum([values[part] for part in name.split("+")], axis=0))
+
+
+@dataclass(frozen=True)
+class Given:
+    """A locator whose weights are given: gene -> measured perturbation -> weight."""
+
+    weights: dict[str, dict[str, float]]
+    label: str = "given"
+
+    def locate(self, queries: list[str], known: Known) -> Located:
+        rows = np.array([[self.weights[query].get(name, 0.0) for name in known.measured] for query in queries])
+        return Located(rows, np.ones(len(queries)), np.full(len(queries), "", dtype=object))
+
+
+def tried(weights: dict[str, dict[str, float]]) -> tuple[dict[str, np.ndarray], list]:
+    """Values of A, B, C, D and A+B, and the trials of A+B. A and B are located in one fold each; the other is measured there."""
+    names = ["A", "A+B", "B", "C", "D"]
+    values = dict(zip(names, np.random.default_rng(0).normal(size=(5, 6)), strict=True))
+    plan = Plan(names, {"all": (names, [])}, [("all", ["A"]), ("all", ["B"])])
+    learner = SimpleNamespace(plan=plan, known=lambda learned: Known(singles(learned), singles(learned), {}, lambda: None))
+    ranking = [Ranked(Given(weights), 0.5, Confidence(np.zeros(1), np.full(1, 0.5)))]
+    return values, list(combination_trials(learner, ranking, None, values, dict.fromkeys("ABCD", 1.0)))
+
+
+def test_only_located_parts_are_barred_from_the_trials() -> None:
+    values, found = tried({"A": {"B": 0.5, "C": 0.25, "D": 0.25}, "B": {"A": 0.6, "C": 0.4}})
+    a, b, c, d = (values[name] for name in "ABCD")
+    mixed = [trial.terms for trial in found if trial.kind == "mixed"]
+    np.testing.assert_allclose(mixed[0], [a, 0.6 * a + 0.4 * c])
+    np.testing.assert_allclose(mixed[1], [b, 0.5 * b + 0.25 * c + 0.25 * d])
+    both = next(trial.terms for trial in found if trial.kind == "located")
+    np.testing.assert_allclose(both, [0.5 * (c + d) + c])
+
+
+@pytest.mark.parametrize("weights", [{"B": 1.0}, {"B": 0.95, "C": 1.0, "D": -0.95}])
+def test_there_is_no_trial_where_barred_neighbours_leave_too_little(weights) -> None:
+    """Neither the barred neighbour itself nor what is left blown up twenty-fold; with B taken as measured it is a neighbour."""
+    _, found = tried({"A": weights, "B": {"C": 1.0}})
+    assert sorted(trial.kind for trial in found) == ["measured", "mixed", "mixed"]
+
+
+def test_trials_are_compared_with_the_mean_of_the_others() -> None:
+    values, found = tried({"A": {"C": 1.0}, "B": {"C": 1.0}})
+    others = np.mean([values[name] for name in "ABCD"], axis=0)
+    assert [trial.base for trial in found] == pytest.approx([((values["A+B"] - others) ** 2).sum()] * 4)
 
 
 def test_targets_below_the_least_confidence_are_turned_away(tiny_screen: Path, done: Path, tmp_path: Path) -> None:

@@ -299,6 +299,27 @@ def test_mixture_is_judged_with_shares_from_other_folds(groups) -> None:
     assert len(rank(locators, _folds(noise, [bad], names))) == len(locators)
 
 
+def test_mixture_is_judged_with_members_from_other_folds(groups) -> None:
+    """Its error in a fold is that of the stack made without the fold: which setting stands for a source is learned there, too."""
+    _, good, bad, names = groups
+    few, rng = names[:20], np.random.default_rng(4)
+    locators = candidates(LocationConfig(), ["bad", "good"])[:-1]
+    moved = 0
+    for _ in range(4):
+        folds = _folds({name: rng.normal(size=3) for name in few}, [good, bad], few)
+        mixed, without = rank(locators, folds, "first")[0], []
+        for out in range(len(folds)):
+            without.append(rank(locators, folds[:out] + folds[out + 1 :], "first")[0].locator)
+        base = sum(((fold.measured.mean(axis=0) - fold.truth) ** 2).sum() for fold in folds)
+        expected = [_error(one, fold) / base for one, fold in zip(without, folds, strict=True)]
+        np.testing.assert_allclose(mixed.by_fold, expected, rtol=1e-6)
+        assert mixed.error == pytest.approx(sum(expected))
+        # The settings do change from fold to fold, or this would prove nothing.
+        settings = [{member.locator.label for member in one.members} for one in without]
+        moved += any(one != settings[0] for one in settings)
+    assert moved
+
+
 def test_mixture_weights_are_the_mixed_weights(groups) -> None:
     effect, good, bad, names = groups
     known = known_of([good, bad], names[5:])

@@ -64,7 +64,7 @@ def draw_cell_quality(*, quality: str | Path, png: str | Path, pdf: str | Path) 
         axes = page.fig.subplots(3, 3, sharey=True)
         for ax, (metric, (title, best)) in zip(axes.flat, PANELS.items(), strict=True):
             _panel(ax, summary[summary["metric"] == metric], title, best)
-        counts = summary[(summary["sample"] == "generated") & (summary["metric"] == "effect_slope")].set_index("role")["n"]
+        counts = summary[(summary["sample"] == "generated") & (summary["metric"] == "energy_distance")].set_index("role")["n"]
         axes[0, 0].set_yticks(range(len(ROLES)), [f"{name}\n(n = {counts.get(role, 0)})" for role, name in ROLES.items()])
         handles = [
             axes[0, 0].plot([], [], marker, ms=3.4, color=colour, mew=0, label=NAMES[s])[0] for s, (colour, marker) in SAMPLES.items()

@@ -6,7 +6,7 @@ measured or located themselves. Where enough of them agree that the plain sum ov
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -133,6 +133,19 @@ def _fit(trials: Sequence[Trial], basis: np.ndarray, penalty: float) -> np.ndarr
     return basis @ np.linalg.solve(system, basis.T @ (cross + prior))
 
 
+def spared(weights: np.ndarray, names: Sequence[str], barred: Collection[str]) -> np.ndarray | None:
+    """Weights (P,) over names with those of barred neighbours given to the others; None where too little is left to scale.
+
+    Weights of mixed sign may leave a sum near zero beside large terms: scaled up they would be a place of their own making.
+    """
+    taken = np.array([name in barred for name in names], dtype=bool)
+    if not weights[taken].any():
+        return weights
+    free = np.where(taken, 0.0, weights)
+    left = free.sum()
+    return free * (weights.sum() / left) if left > 1e-9 and np.abs(free).sum() <= 3 * left else None
+
+
 def locate_all(
     queries: Sequence[str],
     roles: Sequence[str],
@@ -145,10 +158,10 @@ def locate_all(
     """Places of singles and combinations over `neighbours` (perturbations) and the control.
 
     A single has the weights of its locator. A combination has the sum of its parts' weights - 1 on the part itself where it is among
-    `measured_parts`, the located weights otherwise - each times the factor of its group (`Sums`), and the rest on the control, whose
-    effect is zero, so that rows sum to 1 and the located effect is the sum of the parts' scaled effects. Confidence of a combination:
-    the chance that its sum beats the training mean, as it is with the single's, from measured combinations of the same kind.
-    It is not locatable when one of its parts is not.
+    `measured_parts`, the located weights otherwise, without the other located parts (`spared`) - each times the factor of its group
+    (`Sums`), and the rest on the control, whose effect is zero, so that rows sum to 1 and the located effect is the sum of the parts'
+    scaled effects. Confidence of a combination: the chance that its sum beats the training mean, as it is with the single's, from
+    measured combinations of the same kind. It is not locatable when one of its parts is not, or is like nothing but another located part.
     """
     measured = set(measured_parts)
     wanted = sorted({gene for query in queries for gene in parts(query) if len(parts(query)) == 1 or gene not in measured})
@@ -164,7 +177,8 @@ def locate_all(
         own = [] if single else [gene for gene in genes if gene in measured]
         located = [gene for gene in genes if gene not in own]
         kind = kind_of(len(own), len(located))
-        lost = [gene for gene in located if placed.reasons[row_of[gene]]]
+        own_place = {gene: spared(placed.weights[row_of[gene]], known.measured, set(located) - {gene}) for gene in located}
+        lost = [gene for gene in located if placed.reasons[row_of[gene]] or own_place[gene] is None]
         if not lost:
             factors = (1.0,) if single else sums.rules[kind].factors
             for factor, group in zip(factors, [genes] if single else groups_of(own, located, sums.strength), strict=True):
@@ -172,7 +186,7 @@ def locate_all(
                     if gene in own:
                         weights[row, columns.get_loc(gene)] += factor
                     else:
-                        weights[row, at] += factor * placed.weights[row_of[gene]]
+                        weights[row, at] += factor * own_place[gene]
             weights[row, -1] += 0.0 if single else 1.0 - weights[row].sum()
         score = min((float(placed.confidence[row_of[gene]]) for gene in located), default=1.0)
         records.append(
@@ -194,7 +208,7 @@ def locate_all(
 def _status(placed: Placed, row_of: Mapping[str, int], lost: Sequence[str], single: bool) -> dict[str, str]:
     if not lost:
         return {"status": "located", "reason": ""}
-    reason = placed.reasons[row_of[lost[0]]]
+    reason = placed.reasons[row_of[lost[0]]] or "nothing but another part of the combination is like it"
     return {"status": "not_locatable", "reason": reason if single else f"part {lost[0]}: {reason}"}
 
 

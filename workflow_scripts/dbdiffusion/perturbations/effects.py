@@ -36,15 +36,13 @@ def control_weights(composition: np.ndarray, control_cells: np.ndarray) -> np.nd
 class _Control:
     """The control in one half or both: pooled moments, and means and error variances by batch."""
 
-    def __init__(
-        self, moments: Moments, half: str | None, at: np.ndarray, guides: list[str] | None, exclude_guides: list[str] | None
-    ) -> None:
-        self.n, mean, variance = moments.control(half, guides=guides, exclude_guides=exclude_guides)
+    def __init__(self, moments: Moments, half: str | None, at: np.ndarray, guides: list[str] | None) -> None:
+        self.n, mean, variance = moments.control(half, guides=guides)
         if self.n < MIN_CELLS:
             found = f"{self.n} control cell(s){f' in half {half}' if half else ''}, at least {MIN_CELLS} are needed"
             raise UserError(found, where="moments", fix="check the control labels under labels.control, and the QC limits")
         self.mean, self.variance = mean[at], variance[at]
-        self.cells, means, variances = moments.control_by_batch(half, guides=guides, exclude_guides=exclude_guides)
+        self.cells, means, variances = moments.control_by_batch(half, guides=guides)
         self.batch_means = means[:, at]
         # A variance from few cells is no estimate: such a batch takes the pooled one.
         spread = np.where((self.cells >= MIN_CONTROL_CELLS)[:, None], variances[:, at], self.variance)
@@ -58,16 +56,17 @@ class _Control:
 
 
 def within_contexts(
-    cells: np.ndarray, means: np.ndarray, variances: np.ndarray, control: _Control
+    cells: np.ndarray, means: np.ndarray, variances: np.ndarray, control: _Control, total: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One perturbation's effect within each context (batch or cell line), pooled: effect (G,), its standard error, and the share n / n_eff
     by which the pooled mean's sampling variance exceeds that of a plain mean of as many cells.
 
-    cells (B,), means and variances (B, G) of the perturbation by context. d_b = x̄_b - c̄_b against the context's own control, of variance
-    v_b = s²/n_b + s_c²/m_b with the variances s² within contexts pooled over them: weights that follow their own context's estimated
-    variance would favour those where counts happen to be low. Pooled by inverse variance; the standard error is widened by the Birge ratio
-    sqrt(max(1, Q / (S - 1))), Q = sum_b (d_b - d)² / v_b averaged over genes, where the S contexts disagree by more than chance.
-    Cells of contexts with fewer than MIN_CONTROL_CELLS control cells are one context together, against the pooled control.
+    cells (B,), means and variances (B, G) of the perturbation by context, total (G,) the variance over all its cells, which stands in where
+    they do not vary within contexts (a gene seen only where there is one cell). d_b = x̄_b - c̄_b against the context's own control, of
+    variance v_b = s²/n_b + s_c²/m_b with the variances s² within contexts pooled over them: weights that follow their own context's
+    estimated variance would favour those where counts happen to be low. Pooled by inverse variance; the standard error is widened by
+    the Birge ratio sqrt(max(1, Q / (S - 1))), Q = sum_b (d_b - d)² / v_b averaged over genes, where the S contexts disagree by more than
+    chance. Cells of contexts with fewer than MIN_CONTROL_CELLS control cells are one context together, against the pooled control.
     """
     own = (control.cells >= MIN_CONTROL_CELLS) & (cells > 0)
     rest = (cells > 0) & ~own
@@ -78,6 +77,7 @@ def within_contexts(
         difference = np.vstack([difference, np.average(means[rest], axis=0, weights=cells[rest]) - control.mean])
     freedom = np.maximum(cells - 1, 0)
     spread = (freedom @ variances) / freedom.sum() if freedom.sum() else control.variance
+    spread = np.where(spread > 0, spread, total)
     share = control.cells * (control.cells >= MIN_CONTROL_CELLS)
     base = (share @ control.batch_variances) / share.sum() if share.sum() else control.variance
     error = np.maximum(spread / n[:, None] + base / m[:, None], 1e-300)
@@ -97,13 +97,12 @@ def estimate_effects(
     control_half: str | None = None,
     *,
     control_guides: list[str] | None = None,
-    exclude_guides: list[str] | None = None,
 ) -> EffectSet:
     """Effects of measured perturbations: mean of their cells less the control mean on the same batch composition.
 
     moments: of ln(1 + CP10k); perturbations: P labels; genes: G symbols (all when none); half: cells "A", "B" or both
-    (none) of the perturbations, control_half the same for the control; control_guides, exclude_guides: which control
-    guides make up the control.
+    (none) of the perturbations, control_half the same for the control; control_guides: which control guides make up the
+    control (all when none).
 
     effect_kj = x̄_kj - sum_b a_kb c̄_bj with a_kb from `control_weights`; se² = s²_kj / n_k + sum_b a²_kb s²_bj / n_b (cells as
     unit, batches fixed); mean = pooled control mean + effect, so that means of perturbations measured in different
@@ -118,7 +117,7 @@ def estimate_effects(
         raise UserError(
             f"{len(absent)} gene(s) are not measured, the first is {absent[0]!r}", where="moments", fix="use genes of cells.h5ad"
         )
-    control = _Control(moments, control_half, at, control_guides, exclude_guides)
+    control = _Control(moments, control_half, at, control_guides)
     shape = (len(perturbations), len(genes))
     effect, se, variance, n_cells = np.zeros(shape), np.zeros(shape), np.zeros(shape), np.zeros(shape[0], dtype=np.int64)
     for row, name in enumerate(perturbations):
@@ -129,10 +128,10 @@ def estimate_effects(
         n_cells[row] = n
         if moments.by_batch:
             cells, means, variances = moments.perturbation_by_batch(name, half)
-            effect[row], se[row], excess = within_contexts(cells, means[:, at], variances[:, at], control)
+            effect[row], se[row], excess = within_contexts(cells, means[:, at], variances[:, at], control, spread[at])
             freedom = np.maximum(cells - 1, 0)
             within = freedom @ variances[:, at] / freedom.sum() if freedom.sum() else spread[at]
-            variance[row] = within * excess
+            variance[row] = np.where(within > 0, within, spread[at]) * excess
         else:
             matched, error = control.matched(moments.batch_cells(name, half))
             effect[row], variance[row], se[row] = mean[at] - matched, spread[at], np.sqrt(spread[at] / n + error)

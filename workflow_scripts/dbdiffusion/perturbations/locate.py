@@ -18,7 +18,7 @@ from dbdiffusion.data.sets import CONTROL, EffectSet, LocationSet
 from dbdiffusion.data.splits import Splits, parts, without
 from dbdiffusion.perturbations.abstention import abstain, coverage, threshold
 from dbdiffusion.perturbations.clusters import clusters_frame, gene_clusters, perturbation_clusters
-from dbdiffusion.perturbations.combine import Sums, Trial, groups_of, kind_of, locate_all
+from dbdiffusion.perturbations.combine import Sums, Trial, groups_of, kind_of, locate_all, spared
 from dbdiffusion.perturbations.embedding import Embedding, embed, scaled_effects, training_of
 from dbdiffusion.perturbations.features import (
     COEXPRESSION,
@@ -251,10 +251,12 @@ def combination_trials(
 
     A part is located in the fold of the choice in which it, or else another part of the combination, is a query: without its own cells
     and those of the combination. (Where no part was measured alone, co-expression knows the combination's cells among all others.)
-    No other part of the combination is among its neighbours, since it would not be there if it were unmeasured too.
+    No other located part is among its neighbours, since it would not be there if it were unmeasured too; a measured part may be.
     """
     folds = learner.plan.choice(model)
     mean = np.mean(list(values.values()), axis=0)
+    # The distance to the mean of the others is that to the mean of all, times this.
+    without_one = len(values) / max(len(values) - 1, 1)
     home = {query: number for number, (_, queries) in enumerate(folds) for query in queries}
     wanted: dict[int, set[str]] = {}
     for name in (name for name in values if len(parts(name)) > 1):
@@ -268,12 +270,13 @@ def combination_trials(
         for row, gene in enumerate(sorted(wanted[number])):
             places[number, gene] = (known.measured, effects, placed.weights[row], float(placed.confidence[row]), placed.reasons[row])
     for name in (name for name in values if len(parts(name)) > 1):
-        base = float(((values[name] - mean) ** 2).sum())
+        base = float(((values[name] - mean) ** 2).sum()) * without_one**2
         for own, located in _ways(parts(name), strength):
             found = {gene: places.get((_home(gene, name, home), gene)) for gene in located}
-            if any(place is None or place[-1] for place in found.values()):
+            spare = {gene: spared(at[2], at[0], located) if at and not at[-1] else None for gene, at in found.items()}
+            if any(weights is None for weights in spare.values()):
                 continue
-            effect = {gene: values[gene] for gene in own} | {gene: _effect(*place[:3], parts(name)) for gene, place in found.items()}
+            effect = {gene: values[gene] for gene in own} | {gene: spare[gene] @ found[gene][1] for gene in located}
             terms = np.array([np.sum([effect[gene] for gene in group], axis=0) for group in groups_of(own, located, strength)])
             score = min((place[3] for place in found.values()), default=1.0)
             yield Trial(name, kind_of(len(own), len(located)), terms, values[name], base, score)
@@ -290,13 +293,6 @@ def _ways(genes: Sequence[str], measured: Mapping[str, float]) -> Iterator[tuple
     for hidden in itertools.product((False, True), repeat=len(own)) if len(genes) == 2 else [(False,) * len(own)]:
         taken = [gene for gene, hide in zip(own, hidden, strict=True) if not hide]
         yield taken, [gene for gene in genes if gene not in taken]
-
-
-def _effect(measured: Sequence[str], effects: np.ndarray, weights: np.ndarray, barred: Sequence[str]) -> np.ndarray:
-    """(G,) located effect, the weights of barred neighbours given to the others."""
-    free = np.where([name in barred for name in measured], 0.0, weights)
-    left = free.sum()
-    return (free * (weights.sum() / left) if abs(left) > 1e-9 else weights) @ effects
 
 
 def locate_fold(learner: Learner, locators: Sequence[Locator], targets: Sequence[str], mixture: str = "compare") -> dict[str, LocationSet]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, Protocol
@@ -349,12 +349,21 @@ class _Trial:
         return Ranked(locator, sum(errors) / total, confidence, tuple(error / total for error in errors))
 
     def mix(self, ranking: Sequence[Ranked]) -> Ranked:
-        """The stack of all locators, judged in each fold with the shares that the other folds give."""
-        ranking = _one_of_each(ranking)
-        systems = [_normal_equations(ranking, fold) for fold in self.folds]
-        whole = tuple(np.sum(part, axis=0) for part in zip(*systems, strict=True)) if systems else (np.zeros((1, 1)), np.zeros(1))
-        others = [stack(ranking, whole[0] - quadratic, whole[1] - linear) for quadratic, linear in systems]
-        return self.judge(stack(ranking, *whole), others)
+        """The stack of all locators, judged in each fold with the members and shares that the other folds give."""
+        errors = np.array([one.by_fold for one in ranking])
+        rest = errors.sum(axis=1, keepdims=True) - errors
+        whole, *others = (_one_of_each(ranking, order) for order in (range(len(ranking)), *np.argsort(rest, axis=0, kind="stable").T))
+        # Locating is what costs: the members of all stacks are located once in each fold.
+        used = sorted({*whole, *itertools.chain(*others)})
+        systems = [_normal_equations([ranking[number] for number in used], fold) for fold in self.folds]
+
+        def fit(members: Sequence[int], folds: Sequence[tuple[np.ndarray, np.ndarray]]) -> StackLocator:
+            at, size = np.searchsorted(used, members), len(members)
+            quadratic = sum((both[np.ix_(at, at)] for both, _ in folds), np.zeros((size, size)))
+            return stack([ranking[number] for number in members], quadratic, sum((each[at] for _, each in folds), np.zeros(size)))
+
+        without = [fit(members, [*systems[:out], *systems[out + 1 :]]) for out, members in enumerate(others)]
+        return self.judge(fit(whole, systems), without)
 
 
 def _uniform(queries: Sequence[str], measured: Sequence[str]) -> np.ndarray:
@@ -399,11 +408,12 @@ class StackLocator:
         return Located(weights, score, reasons)
 
 
-def _one_of_each(ranking: Sequence[Ranked]) -> list[Ranked]:
-    """The best setting of each locator on each set of sources: their other settings are too alike to be worth mixing."""
-    first: dict[tuple[type, tuple[str, ...]], Ranked] = {}
-    for ranked in ranking:
-        first.setdefault((type(ranked.locator), getattr(ranked.locator, "sources", ())), ranked)
+def _one_of_each(ranking: Sequence[Ranked], order: Iterable[int]) -> list[int]:
+    """Positions of the first setting, in an order, of each locator on each set of sources: other settings are too alike to be mixed."""
+    first: dict[tuple[type, tuple[str, ...]], int] = {}
+    for number in order:
+        locator = ranking[number].locator
+        first.setdefault((type(locator), getattr(locator, "sources", ())), int(number))
     return list(first.values())
 
 
