@@ -128,13 +128,18 @@ class Pool:
         return self.values[np.sort(random.choice(len(chance), count, p=chance / chance.sum()))].toarray().astype(float)
 
 
-def read_generated(path: str | Path, genes: pd.Index, perturbations: Iterable[str] | None = None) -> Pool:
-    """Generated cells of these perturbations (default: all) on the panel. Raises UserError when a gene of the panel is absent."""
+def read_generated(path: str | Path, genes: pd.Index | None = None, perturbations: Iterable[str] | None = None) -> Pool:
+    """Generated cells of these perturbations on these genes (default: all, in the order of the file).
+
+    Raises UserError when a gene is absent.
+    """
     import anndata
 
     table = anndata.read_h5ad(path, backed="r")
     with closing(table.file):
-        columns = pd.Index(table.var_names.astype(str)).get_indexer(genes)
+        found = pd.Index(table.var_names.astype(str))
+        genes = found if genes is None else genes
+        columns = found.get_indexer(genes)
         if (columns < 0).any():
             raise UserError(
                 f"gene {genes[columns < 0][0]!r} of the panel is absent", where=str(path), fix="generate from the same effects table"

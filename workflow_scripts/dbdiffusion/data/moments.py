@@ -132,7 +132,6 @@ class Moments:
         half: str | None = None,
         *,
         guides: list[str] | None = None,
-        exclude_guides: list[str] | None = None,
     ) -> np.ndarray:
         """Positions of a perturbation's groups; guides select among control rows only.
 
@@ -146,11 +145,9 @@ class Moments:
             keep = keep & (self.groups["half"] == half).to_numpy()
         if guides is not None:
             keep = keep & self.groups["guide"].isin(guides).to_numpy()
-        if exclude_guides is not None:
-            keep = keep & ~self.groups["guide"].isin(exclude_guides).to_numpy()
         if not keep.any():
             raise UserError(
-                f"no cells of {perturbation!r} are left in half {half!r} with guides {guides}, without {exclude_guides}",
+                f"no cells of {perturbation!r} are left in half {half!r} with guides {guides}",
                 where="moments",
                 fix=f"its guides are {self.groups.loc[self.groups['perturbation'] == perturbation, 'guide'].unique().tolist()}",
             )
@@ -165,17 +162,13 @@ class Moments:
         """Cells, mean (G,) and variance between cells (G,) of a perturbation (or the control), in one half or both."""
         return self._summary(self.rows(perturbation, half))
 
-    def control(
-        self, half: str | None = None, guides: list[str] | None = None, exclude_guides: list[str] | None = None
-    ) -> tuple[int, np.ndarray, np.ndarray]:
-        """Cells, mean (G,) and variance (G,) of control cells, of some guides or without some guides."""
-        return self._summary(self.rows(CONTROL, half, guides=guides, exclude_guides=exclude_guides))
+    def control(self, half: str | None = None, guides: list[str] | None = None) -> tuple[int, np.ndarray, np.ndarray]:
+        """Cells, mean (G,) and variance (G,) of control cells, of all or some guides."""
+        return self._summary(self.rows(CONTROL, half, guides=guides))
 
-    def control_by_batch(
-        self, half: str | None = None, guides: list[str] | None = None, exclude_guides: list[str] | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def control_by_batch(self, half: str | None = None, guides: list[str] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Control cells (B,), means (B, G) and variances (B, G) by batch, in the order of `batches`; zeros where a batch has none."""
-        return self._batches(self.rows(CONTROL, half, guides=guides, exclude_guides=exclude_guides))
+        return self._batches(self.rows(CONTROL, half, guides=guides))
 
     def perturbation_by_batch(self, perturbation: str, half: str | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The same of a perturbation's cells; only where `by_batch`."""
@@ -188,11 +181,9 @@ class Moments:
         mean, variance = _mean_var(n[:, None].astype(float), member @ self.sum[rows], member @ self.sum_sq[rows])
         return n, mean, variance
 
-    def batch_cells(
-        self, perturbation: str, half: str | None = None, guides: list[str] | None = None, exclude_guides: list[str] | None = None
-    ) -> np.ndarray:
+    def batch_cells(self, perturbation: str, half: str | None = None, guides: list[str] | None = None) -> np.ndarray:
         """(B,) cells of a perturbation (or the control) per batch, in the order of `batches`."""
-        rows = self.rows(perturbation, half, guides=guides, exclude_guides=exclude_guides)
+        rows = self.rows(perturbation, half, guides=guides)
         return self.batch_cell_counts[rows].sum(axis=0)
 
     def detected_cells(self, perturbation: str, half: str | None = None) -> np.ndarray:

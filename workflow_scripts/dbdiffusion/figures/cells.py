@@ -11,9 +11,9 @@ import pandas as pd
 from anndata.io import read_elem
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scipy import sparse
 
 from dbdiffusion.benchmark.distribution import energy_distance, fit_axes
+from dbdiffusion.benchmark.scores import read_generated
 from dbdiffusion.data.normalise import load_expression, open_cells
 from dbdiffusion.data.sets import CONTROL
 from dbdiffusion.figures import style
@@ -54,17 +54,6 @@ def neighbours_of(locations: str | Path, target: str, cap: int = 5) -> list[str]
     return rows["neighbour"].head(cap).tolist()
 
 
-def read_generated(path: str | Path, perturbations: list[str]) -> tuple[np.ndarray, np.ndarray, pd.Index]:
-    """Generated cells of some perturbations: values (n, G) in ln(1 + CP10k), their perturbation (n,), genes (G,)."""
-    with h5py.File(path, "r") as handle:
-        label = read_elem(handle["obs"])["perturbation"].astype(str).to_numpy()
-        genes = pd.Index(read_elem(handle["var"]).index.astype(str))
-        matrix = read_elem(handle["X"])
-    rows = np.flatnonzero(np.isin(label, perturbations))
-    values = matrix[rows].toarray() if sparse.issparse(matrix) else np.asarray(matrix)[rows]
-    return values.astype(np.float64), label[rows], genes
-
-
 def generated_perturbations(path: str | Path) -> set[str]:
     """Perturbations with generated cells. Raises UserError when the file is not there."""
     if not Path(path).exists():
@@ -83,7 +72,10 @@ def _pick(rows: np.ndarray, cap: int, seed: int, *labels: object) -> np.ndarray:
 def gather(cells: str | Path, generated: str | Path, targets: list[str], neighbours: dict[str, list[str]], seed: int) -> CellSets:
     """Real control, target and neighbour cells and generated target and neighbour cells on the genes of the generator."""
     near = sorted({name for target in targets for name in neighbours[target]} - set(targets))
-    made, made_of, genes = read_generated(generated, [*targets, *near])
+    with h5py.File(generated, "r") as handle:
+        genes = pd.Index(read_elem(handle["var"]).index.astype(str))
+    made = read_generated(generated, perturbations=[*targets, *near])
+    made_of = made.perturbation
     with open_cells(cells) as file:
         measured, shared = set(file.obs["perturbation"]), genes.isin(file.genes)
     names = [name for name in (CONTROL, *targets, *near) if name in measured]
@@ -104,7 +96,7 @@ def gather(cells: str | Path, generated: str | Path, targets: list[str], neighbo
     made_at = np.concatenate([made_at, *near_at])
     shown = real.values[at]  # noqa: PD011 (a sparse matrix, no pandas object)
     return CellSets(
-        np.vstack([shown.toarray().astype(np.float64), made[made_at][:, shared]]),
+        np.vstack([shown.toarray().astype(np.float64), made.values[made_at].toarray().astype(np.float64)[:, shared]]),
         np.concatenate([*kinds, np.full(len(made_at), "generated", dtype=object)]),
         np.concatenate([label[at], made_of[made_at]]),
     )

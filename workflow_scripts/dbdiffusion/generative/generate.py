@@ -113,13 +113,18 @@ def load_generator(
     config: GenerationConfig,
     device: str,
     seed: int,
+    genes: pd.Index,
 ) -> Generator:
     """The trained networks of one cross-fit model, ready to sample.
 
-    Raises UserError when autoencoder and diffusion model are not of the same fold and cross-fit model.
+    Raises UserError when autoencoder and diffusion model are not of the same fold and cross-fit model, or not of these genes.
     """
     on = resolve_device(device)
     first, second = read_json(vae_record), read_json(diffusion_record)
+    if first["genes_digest"] != checkpoint.digest(list(genes)):
+        raise UserError(
+            "the autoencoder was learned on another panel of genes", where=str(vae_record), fix="make it again from these effects"
+        )
     if (first["fold"], first["crossfit"]) != (second["fold"], second["crossfit"]):
         raise UserError("autoencoder and diffusion model of different folds", where=str(diffusion_record), fix="make it again")
     cells = load_vae(vae, vae_record, on)
@@ -182,11 +187,7 @@ def write_generated(
     embedding (not locatable) is absent from both.
     """
     panel, about = EffectSet.read(effects), read_json(vae_record)
-    if about["genes_digest"] != checkpoint.digest(list(panel.genes)):
-        raise UserError(
-            "the autoencoder was learned on another panel of genes", where=str(vae_record), fix="make it again from these effects"
-        )
-    generator = load_generator(vae, vae_record, diffusion, diffusion_record, config, device, seed)
+    generator = load_generator(vae, vae_record, diffusion, diffusion_record, config, device, seed, panel.genes)
     known = Conditions.read(embedding)
     known = known.take(rows_to_generate(known, panel, about["crossfit"]))
     strength = strengths(known.roles, config, about["crossfit"], guidance)

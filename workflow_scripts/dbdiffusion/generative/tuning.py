@@ -81,8 +81,8 @@ def write_trial(
 ) -> None:
     """Errors of one cross-fit model's pseudo-targets, and of its strongest seen perturbations, at every strength, as JSON."""
     few = config.model_copy(update={"cells": CELLS})
-    generator = load_generator(vae, vae_record, diffusion, diffusion_record, few, device, seed)
     measured_effects = EffectSet.read(effects)
+    generator = load_generator(vae, vae_record, diffusion, diffusion_record, few, device, seed, measured_effects.genes)
     known, crossfit = Conditions.read(embedding), str(read_json(vae_record)["crossfit"])
     measured = set(measured_effects.perturbations)
     made = known.take([name for name in rows_to_generate(known, measured_effects, crossfit) if name == CONTROL or name in measured])
