@@ -174,7 +174,8 @@ def test_coverage_written_out(written):
             found = table.debias.estimate(inference.models["stacked"]["single"], inference.screen, queries, "target")
             n, mean, variance = moments.mean_var(target)
             seen = mean - moments.control()[1]
-            half = stats.t.ppf(0.975, found.df[0]) * np.sqrt(found.variance[0] + variance / n)
+            between, within = found.variance[0] - found.known[0], found.known[0] + variance / n
+            half = np.sqrt(stats.t.ppf(0.975, found.df[0]) ** 2 * between + stats.norm.ppf(0.975) ** 2 * within)
             want.append((np.abs(seen - found.effect[0]) <= half).mean())
             effect = written.screen.truth[list(written.screen.targets).index(target)]
             de = contracts.DE.read(written.folder / fold / "de.parquet").astype({"method": str, "target": str, "gene": str})

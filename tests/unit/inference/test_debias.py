@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from dbdiffusion.data.sets import CONTROL
 from dbdiffusion.inference import debias, ttest
@@ -125,12 +126,40 @@ def test_tails_hold_at_the_level_and_far_beyond(heavy):
     error = random.normal(size=(300, 100)) * np.where(random.random((300, 100)) < heavy, 2.5, 1.0)
     variance = np.full(error.shape, float((error**2).mean()))
     found = debias.Estimate(error, variance, 0 * error, 0 * error, np.full(300, 50.0), 0 * error)
-    factor, df = debias.fit_tails(error, found, 0 * error, 0.95)
+    stretch, df = debias.fit_tails(error, found, variance, 0 * error, 0.95)
     new = random.normal(size=error.shape) * np.where(random.random(error.shape) < heavy, 2.5, 1.0)
-    p = ttest.p_values(new, np.sqrt(factor * variance), min(df, 50.0))
+    p = ttest.p_values(new, np.sqrt(stretch.factor(variance, np.ones(100)) * variance), min(df, 50.0))
     assert (p > 0.05).mean() == pytest.approx(0.95, abs=0.01)
     assert (p < 0.005).mean() <= 0.005 + 0.0015
     assert (df < 10) == (heavy > 0)
+
+
+def test_what_is_least_sure_is_held_as_often_as_the_rest():
+    random = np.random.default_rng(0)
+    tau = np.broadcast_to(np.geomspace(0.01, 10, 200), (400, 200))
+    truly = tau * np.where(tau > np.quantile(tau, 0.88), 2.0, 0.6)
+    own, known = np.full(tau.shape, 0.05), np.full(tau.shape, 0.2)
+
+    def drawn(variance):
+        return random.normal(size=tau.shape) * np.sqrt(variance)
+
+    found = debias.Estimate(0 * tau, tau + known, known, 0 * tau, np.full(400, 30.0), 0 * tau)
+    stretch, df = debias.fit_tails(drawn(truly + known + own), found, own, own, 0.95)
+    tau = tau * stretch.factor(tau, own[0])
+    found = replace(found, variance=tau + known, df=np.minimum(found.df, df))
+    half = ttest.quantile(0.95, found.total_df(0.0, 0.95)) * np.sqrt(found.variance)
+    inside = np.abs(drawn(truly + known)) <= half
+    assert inside[:, -10:].mean() == pytest.approx(0.95, abs=0.02)
+    assert inside[:, 80:160].mean() == pytest.approx(0.95, abs=0.02)
+
+
+def test_interval_of_a_sum_of_an_estimated_and_a_known_variance():
+    tau, known, extra = np.array([[1.0, 0.0, 2.0]]), np.array([[0.0, 1.0, 3.0]]), np.array([0.0, 0.5, 1.0])
+    found = debias.Estimate(0 * tau, tau + known, known, 0 * tau, np.array([5.0]), 0 * tau)
+    df = found.total_df(extra, 0.95)
+    assert df[0, :2] == pytest.approx([5.0, 1e4], rel=1e-3)
+    half = stats.t.ppf(0.975, df) * np.sqrt(found.variance + extra)
+    assert half[0, 2] == pytest.approx(np.sqrt(2.0 * stats.t.ppf(0.975, 5) ** 2 + 4.0 * 1.96**2), rel=1e-3)
 
 
 def test_mix_is_the_same_sparse_and_dense():

@@ -24,3 +24,10 @@ def test_labels_of_two_cells_ask_more_and_unvaried_genes_are_not_called():
 
 def test_quantile():
     assert np.isclose(ttest.quantile(0.95, 1e6), 1.96, atol=1e-3)
+
+
+def test_many_quantiles_are_interpolated_and_turned_back():
+    df = np.geomspace(1, 1e4, 50_000)
+    found = ttest.quantile(0.95, df)
+    assert np.allclose(found[::500], stats.t.ppf(0.975, df[::500]), rtol=1e-4)
+    assert np.allclose(ttest.df_of_quantile(0.95, found), df, rtol=1e-3)

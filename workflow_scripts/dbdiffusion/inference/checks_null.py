@@ -87,11 +87,11 @@ def _held_out_guide(
     pseudo = debias.pseudo_targets(screen, locations, "single", seed)
     model = debias.fit(screen, pseudo, (), 0.0)
     found = debias.estimate(model, screen, Queries.of(screen, locations.select([held])), "target")
-    df = found.df[:, None]
-    p = ttest.p_values(found.effect, np.sqrt(found.variance + screen.control_sampling), df)
+    extra = screen.control_sampling
+    p = ttest.p_values(found.effect, np.sqrt(found.variance + extra), found.total_df(extra, config.level))
     observed = measured.subset([held])
-    error = observed.effect - found.effect
-    return p[0], ttest.p_values(error, np.sqrt(found.variance + debias.sampling_variance(observed)), df)[0]
+    error, own = observed.effect - found.effect, debias.sampling_variance(observed)
+    return p[0], ttest.p_values(error, np.sqrt(found.variance + own), found.total_df(own, config.level))[0]
 
 
 def guide_effects(moments: Moments, guides: list[str], control: list[str], genes: pd.Index) -> EffectSet:

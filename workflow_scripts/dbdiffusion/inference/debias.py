@@ -28,7 +28,7 @@ from dbdiffusion.runtime.seeds import rng
 MIN_PSEUDO = 3
 """Fewer pseudo-targets of a kind: nothing can be tuned or calibrated for it."""
 MAX_FOLDS = 10
-FACTORS = (0.1, 2.0)
+FACTORS = (0.1, 4.0)
 """Range of the factor that fits intervals to their level."""
 TAILS = (1e4, 30.0, 15.0, 10.0, 7.0, 5.0, 4.0)
 """Degrees of freedom that fit the errors' tails, tried from the lightest to the heaviest."""
@@ -36,6 +36,8 @@ TAIL_LEVEL = 0.995
 """Level at which the tails must hold too."""
 TELLING = 0.35
 """Share of the pairs that tell it: those with the largest model variance beside the observation's sampling variance."""
+LARGEST = 0.10
+"""Of these, the share with the very largest, which have a factor of their own: there perturbations differ most."""
 TAIL_PAIRS = 500_000
 """About so many of them are looked at."""
 CHUNK = 4_000_000
@@ -220,7 +222,8 @@ class Variate:
 @dataclass(frozen=True)
 class Estimate:
     """Predicted effects of R queries x G genes: effect, variance of effect about the true effect (control apart), of it
-    what cells and Monte-Carlo noise contribute (known), the Monte-Carlo noise alone, df (R,), weight: total weight of predictors (R, G)."""
+    what cells and Monte-Carlo noise contribute (known), the Monte-Carlo noise alone, df (R,) of the rest (tau^2), weight: total weight
+    of predictors (R, G)."""
 
     effect: np.ndarray
     variance: np.ndarray
@@ -228,6 +231,29 @@ class Estimate:
     noise: np.ndarray
     df: np.ndarray
     weight: np.ndarray
+
+    def total_df(self, extra: np.ndarray | float, level: float) -> np.ndarray:
+        """Degrees of freedom (R, G) of the t with the standard deviation of variance + extra whose interval at `level` is that of the
+        parts: tau^2 with the quantile of its df, what is known and `extra` with the normal one."""
+        tau, total = self.variance - self.known, self.variance + extra
+        share = np.divide(tau, total, out=np.zeros_like(total), where=total > 0)
+        normal = ttest.quantile(level, variance.MAX_DF)
+        cut = np.sqrt(normal**2 + share * (ttest.quantile(level, self.df)[:, None] ** 2 - normal**2))
+        return ttest.df_of_quantile(level, cut)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A factor by size of tau^2, in units of the gene's typical sampling variance: log-linear between two points, flat beyond."""
+
+    log_size: tuple[float, float] = (0.0, 1.0)
+    log_factor: tuple[float, float] = (0.0, 0.0)
+
+    def factor(self, tau2: np.ndarray, own: np.ndarray) -> np.ndarray:
+        """Of tau2 (R, G), with own (G,); 1 where tau2 is 0."""
+        ratio = np.divide(tau2, own, out=np.full_like(tau2, np.inf), where=own > 0)
+        size = np.log(ratio, out=np.zeros_like(ratio), where=tau2 > 0)
+        return np.where(tau2 > 0, np.exp(np.interp(size, self.log_size, self.log_factor)), 1.0)
 
 
 @dataclass(frozen=True)
@@ -239,7 +265,7 @@ class Model:
     scale_left (H, G): what the errors' normal scores ask the variance to be multiplied with (with one factor common to all,
     as df_tail is, that all of them tell); own (G,): typical sampling
     variance of an observed mean; calibrated: whether pseudo-targets of this kind stand behind it; df_tail: largest
-    degrees of freedom that the errors' tails allow.
+    degrees of freedom that the errors' tails allow; stretch: factor on tau^2 by its size.
     """
 
     variates: tuple[Variate, ...]
@@ -254,6 +280,7 @@ class Model:
     own: np.ndarray
     calibrated: bool
     df_tail: float = variance.MAX_DF
+    stretch: Stretch = Stretch()
 
 
 @dataclass(frozen=True)
@@ -345,6 +372,7 @@ def estimate(model: Model, screen: Screen, queries: Queries, role: str, folds: n
         total = variance.squeeze(found, df, model.local_scale * prior, model.local_df)
         share = np.divide(np.maximum(prior - model.own, 0.0), prior, out=np.zeros_like(prior), where=prior > 0)
         tau2[rows] = scale * share * total
+    tau2 *= model.stretch.factor(tau2, model.own)
     out = tau2 * (1 + queries.sum_sq)[:, None] + sampling + noise
     df = min(model.local_df, model.df_prior) + queries.local_df
     return Estimate(effect, out, sampling + noise, noise, np.minimum(df, model.df_tail), weight)
@@ -419,17 +447,19 @@ def fit(screen: Screen, pseudo: Pseudo, variates: tuple[Variate, ...], weight: f
     scores = normal_scores(error, estimate(model, screen, queries, "pseudo", folds), pseudo.sampling)
     scale, scale_left, _ = _moderated(scores**2, folds)
     model = replace(model, scale=scale, scale_left=scale_left)
-    factor, df_tail = fit_tails(error, estimate(model, screen, queries, "pseudo", folds), pseudo.sampling, level)
-    return replace(model, scale=factor * scale, scale_left=factor * scale_left, df_tail=df_tail)
+    found = estimate(model, screen, queries, "pseudo", folds)
+    stretch, df_tail = fit_tails(error, found, (1 + queries.sum_sq)[:, None] * own, pseudo.sampling, level)
+    return replace(model, stretch=stretch, df_tail=df_tail)
 
 
-def fit_tails(error: np.ndarray, found: Estimate, sampling: np.ndarray, level: float) -> tuple[float, float]:
-    """Factor on tau^2 and largest degrees of freedom with which t intervals hold their share of the pseudo-targets' errors, at
-    `level` and in the tails (TAIL_LEVEL).
+def fit_tails(error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.ndarray, level: float) -> tuple[Stretch, float]:
+    """Factor on tau^2 by its size, and largest degrees of freedom, with which t intervals hold their share of the pseudo-targets'
+    errors, at `level` and in the tails (TAIL_LEVEL).
 
     Errors have heavier tails than t (most perturbations leave a gene alone, some change it much): intervals of unit scale
-    would be too wide at the usual levels, and p far below 1 - level too small. The observation's own sampling error is normal and
-    has the normal quantile; only the pairs in which it weighs least tell about tau^2.
+    would be too wide at the usual levels, and p far below 1 - level too small; and what is least sure is often less sure than it
+    seems. What is known and the observation's own sampling error are normal and have the normal quantile; only the pairs in which the
+    latter weighs least tell about tau^2.
     """
     tau = found.variance - found.known
     total = found.variance + sampling
@@ -437,22 +467,30 @@ def fit_tails(error: np.ndarray, found: Estimate, sampling: np.ndarray, level: f
     used = np.flatnonzero((share > 0) & (share >= np.quantile(share, 1 - TELLING)))
     used = used[:: max(1, len(used) // TAIL_PAIRS)]
     if not len(used):
-        return 1.0, variance.MAX_DF
-    square, tau, known, own = (x.ravel()[used] for x in (error**2, tau, found.known, sampling))
-    df = found.df[used // error.shape[1]]
+        return Stretch(), variance.MAX_DF
     far = max(level, TAIL_LEVEL)
-    grid = np.geomspace(*FACTORS, 61)
-    rank = int(np.ceil(level * len(used))) - 1
+    size = np.log(tau.ravel()[used] / np.maximum(own.ravel()[used], 1e-300))
+    square, tau, known = (x.ravel()[used] for x in (error**2, tau, found.known + sampling))
+    df = found.df[used // error.shape[1]]
+    edge = np.quantile(size, 1 - LARGEST / TELLING)
+    parts = [size <= edge, size > edge]
+    points = tuple(float(np.median(size[part])) if part.any() else float(edge) for part in parts)
+
+    def factor_of(needed: np.ndarray) -> float:
+        """The factor at which a share `level` of the pairs is held."""
+        return float(np.clip(np.partition(needed, rank := int(np.ceil(level * len(needed))) - 1)[rank], *FACTORS))
+
     for tail in TAILS:
         # The factor at which each pair's interval would just hold its error.
-        cut = ttest.quantile(level, np.minimum(df, tail)) ** 2
-        needed = ((square - norm.ppf(0.5 + level / 2) ** 2 * own) / cut - known) / tau
-        at = np.searchsorted(grid, np.partition(needed, rank)[rank])
-        factor = float(grid[min(at, len(grid) - 1)])
-        cut = ttest.quantile(far, np.minimum(df, tail)) ** 2
-        if (square <= cut * (factor * tau + known) + norm.ppf(0.5 + far / 2) ** 2 * own).mean() >= far:
+        needed = (square - norm.ppf(0.5 + level / 2) ** 2 * known) / (ttest.quantile(level, np.minimum(df, tail)) ** 2 * tau)
+        stretch = Stretch(points, tuple(np.log([factor_of(needed[part]) if part.any() else factor_of(needed) for part in parts])))
+        by_size = np.exp(np.interp(size, stretch.log_size, stretch.log_factor))
+        common = np.log(factor_of(needed / by_size))
+        stretch = Stretch(points, tuple(value + common for value in stretch.log_factor))
+        cut = ttest.quantile(far, np.minimum(df, tail)) ** 2 * np.exp(common) * by_size
+        if (square <= cut * tau + norm.ppf(0.5 + far / 2) ** 2 * known).mean() >= far:
             break
-    return factor, tail
+    return stretch, tail
 
 
 def normal_scores(error: np.ndarray, found: Estimate, sampling: np.ndarray) -> np.ndarray:

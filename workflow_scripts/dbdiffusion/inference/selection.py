@@ -39,7 +39,7 @@ SCORE_FOLDS = 5
 """Groups of pseudo-targets left out in turn when scores are fitted."""
 ABSTAIN = (0.25, 0.2, 0.15, 0.1, 0.05)
 """Shares of pseudo-targets, those of least location confidence, that may be left out."""
-KEPT, MIN_ABSTAIN = 0.97, 40
+KEPT, MIN_ABSTAIN = 0.97, 20
 """They are left out where this share of the true calls is kept without them, and where there are so many pseudo-targets to tell."""
 
 

@@ -169,11 +169,11 @@ def predict(inference: Inference, method: str, queries: Queries, kind: str) -> R
     extra = 0.0 if config.error_model in PUBLISHED else screen.control_sampling
     se, df, half_width = intervals(inference, method, kind, found, queries, config.error_model, extra)
     half = half_width(config.level)
-    p = ttest.p_values(found.effect, se, df[:, None])
+    p = ttest.p_values(found.effect, se, df)
     values = {
         "lfc": found.effect,
         "se": se,
-        "df": np.broadcast_to(df[:, None], se.shape),
+        "df": df,
         "ci_low": found.effect - half,
         "ci_high": found.effect + half,
         "p_t": p,
@@ -201,7 +201,7 @@ PUBLISHED = ("cells_only", "conservative", "ppi_z")
 def intervals(
     inference: Inference, method: str, kind: str, found: Estimate, queries: Queries, error_model: str, extra: np.ndarray | float = 0.0
 ) -> tuple[np.ndarray, np.ndarray, Callable[[float], np.ndarray]]:
-    """Standard error (R, G), degrees of freedom (R,) and half width by level of one error model.
+    """Standard error (R, G), degrees of freedom (R, G) and half width by level of one error model.
 
     The standard error is that of the effect about the truth; `extra`: further variance, of the control mean (for lfc) or of an
     observation that the interval is compared with. The published models leave the former out, and so add it only if it is given.
@@ -209,13 +209,13 @@ def intervals(
     model, screen = inference.models[method][kind], inference.screen
     if error_model in PUBLISHED:
         base = published.standard_errors(error_model, screen, queries, model, found.noise)
-        se, df = np.sqrt(base**2 + extra), np.full(len(queries), NORMAL_DF)
+        se, df = np.sqrt(base**2 + extra), np.full(base.shape, NORMAL_DF)
     else:
-        se, df = np.sqrt(found.variance + extra), found.df
+        se, df = np.sqrt(found.variance + extra), found.total_df(extra, inference.config.level)
     if error_model == "conformal" and model.calibrated:
         quantiles = inference.quantiles(method, kind)
         return se, df, lambda level: quantiles.half_width(found.effect, se, level)
-    return se, df, lambda level: ttest.quantile(level, df)[:, None] * se
+    return se, df, lambda level: ttest.quantile(level, df) * se
 
 
 def _reasons(inference: Inference, queries: Queries, kind: str, min_confidence: float) -> np.ndarray:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 from scipy import stats
 
+DF_GRID = 1 / np.linspace(1, 1e-4, 10_000)
+"""Degrees of freedom between which quantiles are interpolated, even in 1 / df: they are smooth in it."""
+
 
 def p_values(effect: np.ndarray, se: np.ndarray, df: np.ndarray | float) -> np.ndarray:
     """Two-sided p of effect / se against t with df. Where the error is 0, p is 1 for no effect and 0 otherwise."""
@@ -36,5 +39,14 @@ def de_labels(effect: np.ndarray, se: np.ndarray, n_cells: np.ndarray, fdr: floa
 
 
 def quantile(level: float, df: np.ndarray | float) -> np.ndarray:
-    """Two-sided t quantile of a central interval."""
-    return stats.t.ppf(0.5 + level / 2, df)
+    """Two-sided t quantile of a central interval; many are interpolated, for ppf takes a microsecond each."""
+    df = np.asarray(df, dtype=float)
+    if df.size <= DF_GRID.size:
+        return stats.t.ppf(0.5 + level / 2, df)
+    return np.interp(-1 / df, -1 / DF_GRID, quantile(level, DF_GRID))
+
+
+def df_of_quantile(level: float, cut: np.ndarray) -> np.ndarray:
+    """Degrees of freedom (between the ends of DF_GRID) whose two-sided quantile at `level` is cut: the inverse of `quantile`."""
+    known = quantile(level, DF_GRID)
+    return -1 / np.interp(cut, known[::-1], -1 / DF_GRID[::-1])
