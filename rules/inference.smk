@@ -104,6 +104,7 @@ rule study:
     params:
         # Keyed by the code: screens of an older version are not taken for this one's.
         scratch=f"results/calibration/scratch_{code('study.py')}",
+        screens=CONFIG.calibration.study_screens,
         code=code("study.py"),
     script:
         "../workflow_scripts/study.py"

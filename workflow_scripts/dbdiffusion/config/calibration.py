@@ -15,3 +15,5 @@ class CalibrationConfig(Block):
     as one outer fold."""
     doubled_cells: bool = Field(True)
     """Generate twice the cells in the first fold of the first seed, and see whether calls change. Costs twice that fold's generation."""
+    study_screens: int = Field(50, ge=2)
+    """Simulated screens in each of the 18 settings of the calibration study (`make calibration`)."""

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 
 import numpy as np
@@ -227,7 +227,9 @@ def run_study(
                 files.append(run_chunk(chunk, str(scratch), config))
                 progress.update()
         else:
-            with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            # A spawned process would run the calling script, which is no module to import, once more.
+            method = "fork" if "fork" in get_all_start_methods() else "spawn"
+            with ProcessPoolExecutor(workers, mp_context=get_context(method)) as pool:
                 for path in pool.map(run_chunk, chunks, [str(scratch)] * len(chunks), [config] * len(chunks)):
                     files.append(path)
                     progress.update()
