@@ -17,8 +17,8 @@ from dbdiffusion.runtime.errors import UserError
 
 TARGET_SUM = 1.0e4
 """Counts per cell after normalisation."""
-DENSE_LIMIT = 6 * 2**30
-"""Bytes up to which the matrix is held dense on the device."""
+DENSE_LIMIT = 3 * 2**30
+"""Bytes up to which a matrix is held dense on the device (counts and expression are two)."""
 
 
 class Matrix:

@@ -14,21 +14,15 @@ EMBEDDING_WIDTH = 128
 
 
 class Block(nn.Module):
-    """Linear, multiplied by the label embedding, plus the time embedding, LayerNorm, SiLU."""
+    """Linear, multiplied by the label's projection, plus the time's, LayerNorm, SiLU."""
 
-    def __init__(self, before: int, after: int, embedding: int = EMBEDDING_WIDTH) -> None:
+    def __init__(self, before: int, after: int) -> None:
         super().__init__()
         self.linear = nn.Linear(before, after)
-        self.label = nn.Linear(embedding, after)
-        self.time = nn.Linear(embedding, after)
         self.norm = nn.LayerNorm(after)
-        nn.init.ones_(self.label.bias)  # The product starts near the identity.
 
-    def forward(self, x: Tensor, label: Tensor, time: Tensor, index: Tensor | None) -> Tensor:
-        scale = self.label(label)
-        if index is not None:
-            scale = scale[index]
-        return nn.functional.silu(self.norm(self.linear(x) * scale + self.time(time)))
+    def forward(self, x: Tensor, label: Tensor, time: Tensor) -> Tensor:
+        return nn.functional.silu(self.norm(torch.addcmul(time, self.linear(x), label)))
 
 
 class Denoiser(nn.Module):
@@ -48,6 +42,10 @@ class Denoiser(nn.Module):
         levels = [coordinates, *widths]
         self.down = nn.ModuleList(Block(a, b) for a, b in zip(levels[:-1], levels[1:], strict=True))
         self.up = nn.ModuleList(Block(a, b) for a, b in zip(reversed(widths[1:]), reversed(widths[:-1]), strict=True))
+        self.sizes = [*widths, *reversed(widths[:-1])]
+        # The projections of all blocks as one product each.
+        self.label_out, self.time_out = (nn.Linear(width, sum(self.sizes)) for _ in range(2))
+        nn.init.ones_(self.label_out.bias)  # The product starts near the identity.
         self.out = nn.Linear(widths[0], coordinates)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -68,11 +66,14 @@ class Denoiser(nn.Module):
         label: embeddings that broadcast against y, or with `index` (n,) a table (u, width) of which each row takes one:
         a projection per condition is much cheaper than one per cell.
         """
-        time = self.time(timestep_embedding(t, EMBEDDING_WIDTH))
+        labels = self.label_out(label)
+        labels = (labels if index is None else nn.functional.embedding(index, labels)).split(self.sizes, dim=-1)
+        times = self.time_out(self.time(timestep_embedding(t, EMBEDDING_WIDTH))).split(self.sizes, dim=-1)
+        projections = list(zip(labels, times, strict=True))
         kept = []
-        for block in self.down:
-            y = block(y, label, time, index)
+        for block, projected in zip(self.down, projections, strict=False):
+            y = block(y, *projected)
             kept.append(y)
-        for block, skip in zip(self.up, reversed(kept[:-1]), strict=True):
-            y = block(y, label, time, index) + skip
+        for block, skip, projected in zip(self.up, reversed(kept[:-1]), projections[len(kept) :], strict=True):
+            y = block(y, *projected) + skip
         return self.out(y).float()

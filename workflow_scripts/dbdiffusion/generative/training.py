@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,14 @@ def learning_rate(step: int, total: int, peak: float, warm_up: int = 50) -> floa
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
 
 
+def clip(gradients: list[Tensor]) -> None:
+    """Scale gradients down to a common norm of CLIP, in place."""
+    norm = torch.stack([g.norm() for g in gradients]).norm()
+    factor = (CLIP / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor)
+
+
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """Deterministic kernels within the block; an operation that has none warns."""
@@ -138,19 +146,38 @@ def deterministic() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
+class Flat:
+    """Parameters laid out in one tensor, of which they become views, with one tensor of gradients: the optimiser, clipping and averaging
+    then take one operation each instead of one per parameter, which small networks would spend as much time on as on their products."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.values = torch.cat([p.detach().reshape(-1) for p in parameters])
+        self.values.grad = torch.zeros_like(self.values)
+        for p, part in zip(parameters, self.values.split([p.numel() for p in parameters]), strict=True):
+            p.data = part.view_as(p)
+
+    def collect(self, gradients: Sequence[Tensor]) -> None:
+        """Take the gradients of the parameters, in their order."""
+        torch.cat([g.reshape(-1) for g in gradients], out=self.values.grad)
+
+
 class Trainer:
     """One run of training with checkpoints; use `fit`."""
 
     def __init__(self, network: nn.Module, plan: Plan, device: torch.device, path: Path | None) -> None:
         self.network, self.plan, self.device, self.path = network.to(device), plan, device, path
-        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        parameters = [p for p in network.parameters() if p.requires_grad]
         # Only matrices decay: pulling intercepts and variances to 0 would bias what they estimate.
-        groups = [
-            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": plan.weight_decay},
-            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        self.optimiser = torch.optim.AdamW(groups, lr=plan.learning_rate, fused=True)
-        self.averaged = [p.detach().clone() for p in self.parameters] if plan.ema else []
+        groups = [([p for p in parameters if p.ndim > 1], plan.weight_decay), ([p for p in parameters if p.ndim <= 1], 0.0)]
+        flat = [(Flat(some), decay) for some, decay in groups if some]
+        self.flat = [one for one, _ in flat]
+        self.values = [one.values for one in self.flat]
+        self.parameters = [p for one in self.flat for p in one.parameters]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": [one.values], "weight_decay": decay} for one, decay in flat], lr=plan.learning_rate, fused=True
+        )
+        self.averaged = [value.clone() for value in self.values] if plan.ema else []
         self.running = torch.zeros((), device=device)
         self.best: dict[str, Tensor] = {}
         self.state = _State()
@@ -173,30 +200,33 @@ class Trainer:
             group["lr"] = learning_rate(step, plan.total_steps, plan.learning_rate)
         with torch.autocast(self.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
             value = loss(self.network, self.rows(step), self.noise, step / plan.total_steps)
-        self.optimiser.zero_grad(set_to_none=True)
-        value.backward()
-        nn.utils.clip_grad_norm_(self.parameters, CLIP, foreach=True)
+        gradients = torch.autograd.grad(value, self.parameters)
+        for one in self.flat:
+            one.collect(gradients[: len(one.parameters)])
+            gradients = gradients[len(one.parameters) :]
+        clip([value.grad for value in self.values])
         self.optimiser.step()
         self.running += value.detach()
         self.state.step = step + 1
         if self.averaged and self.state.step % EMA_EVERY == 0:
             updates = self.state.step // EMA_EVERY
             decay = min(plan.ema**EMA_EVERY, updates / (updates + 10))
-            torch._foreach_lerp_(self.averaged, [p.detach() for p in self.parameters], 1 - decay)
+            for average, now in zip(self.averaged, self.values, strict=True):
+                average.lerp_(now, 1 - decay)
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[nn.Module]:
         """The network in evaluation mode, with the averaged weights in place where there are any."""
-        current = [p.detach().clone() for p in self.parameters] if self.averaged else []
-        if self.averaged:
-            torch._foreach_copy_([p.data for p in self.parameters], self.averaged)
+        current = [value.clone() for value in self.values] if self.averaged else []
+        for value, average in zip(self.values, self.averaged, strict=False):
+            value.copy_(average)
         self.network.eval()
         try:
             with torch.no_grad():
                 yield self.network
         finally:
-            if current:
-                torch._foreach_copy_([p.data for p in self.parameters], current)
+            for value, before in zip(self.values, current, strict=False):
+                value.copy_(before)
             self.network.train()
 
     def close_epoch(self, validate: Callable[[nn.Module], float] | None) -> None:

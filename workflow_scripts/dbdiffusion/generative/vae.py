@@ -108,7 +108,8 @@ class CellVae(nn.Module):
 
     def encode(self, expression: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """ln(1 + CP10k) (n, G) to the latent's mean and log variance, each (n, latent); the autoencoder's log variance is -inf."""
-        scaled = (expression - self.input_mean) / self.input_sd
+        inverse = self.input_sd.reciprocal()
+        scaled = torch.addcmul(-self.input_mean * inverse, expression, inverse)
         out = self.to_latent(self.encoder(self._with_batch(scaled, batch))).float()
         if self.variational:
             mean, log_variance = out.chunk(2, dim=1)
@@ -120,7 +121,8 @@ class CellVae(nn.Module):
         """Latent (n, latent) to mean ln(1 + CP10k) (gaussian, autoencoder) or to ln of the rate per 10,000 counts (nb), (n, G)."""
         hidden = self.decoder(self._with_batch(latent, batch))
         out = self.to_genes(self._with_batch(hidden, batch)).float()
-        return out.clamp(*LOG_RATE_LIMIT) if self.counts else out
+        # In training the likelihood itself stays finite.
+        return out.clamp(*LOG_RATE_LIMIT) if self.counts and not self.training else out
 
     def negative_log_likelihood(self, decoded: Tensor, observed: Tensor, log_library: Tensor) -> Tensor:
         """Per cell, summed over genes, in nats up to a constant of the data; squared error for the autoencoder.
@@ -187,28 +189,27 @@ def kl_to_standard_normal(mean: Tensor, log_variance: Tensor, free_bits: float =
 class CellTensors:
     """The training cells on the device."""
 
+    expression: Matrix
     observed: Matrix
-    """Counts for the negative binomial, else ln(1 + CP10k)."""
+    """What the likelihood sees: counts for the negative binomial, else `expression`, ln(1 + CP10k)."""
     log_library: Tensor
     batch: Tensor
-    counts: bool
 
     @classmethod
     def make(cls, cells: Cells, counts: bool, device: torch.device) -> CellTensors:
+        expression = Matrix(cells.expression, device)
         return cls(
-            Matrix(cells.counts if counts else cells.expression, device),
+            expression,
+            Matrix(cells.counts, device) if counts else expression,
             torch.from_numpy(cells.log_library).float().to(device),
             torch.from_numpy(cells.batch.astype(np.int64)).to(device),
-            counts,
         )
 
     def rows(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Expression, what the likelihood sees, ln library size and batch of some cells."""
-        observed, log_library = self.observed[rows], self.log_library[rows]
-        expression = observed
-        if self.counts:
-            expression = torch.log1p(observed * (TARGET_SUM * torch.exp(-log_library))[:, None])
-        return expression, observed, log_library, self.batch[rows]
+        expression = self.expression[rows]
+        observed = expression if self.observed is self.expression else self.observed[rows]
+        return expression, observed, self.log_library[rows], self.batch[rows]
 
 
 def vae_loss(data: CellTensors, config: VaeConfig):
