@@ -118,7 +118,7 @@ def matmul_rate(batch: int, width: int) -> float:
 def sampling_rate(generator: Generator, conditions: np.ndarray, guidance: float) -> float:
     """Cells sampled and decoded a second, of conditions (R, dimensions)."""
     began = time.perf_counter()
-    made = sum(len(cells) for cells, _, _ in generator.sampled(conditions, guidance))
+    made = sum(len(sample.expected) for sample in generator.sampled(conditions, guidance))
     return made / (time.perf_counter() - began)
 
 
@@ -167,9 +167,9 @@ class Judge:
 
     def draw(self, generator: Generator, embedding: np.ndarray, guidance: float) -> tuple[list[np.ndarray], np.ndarray]:
         """Cells of the strongest, and their effects against generated control cells."""
-        level = next(iter(generator.sampled(embedding[:1], 0.0)))[1]
+        level = next(iter(generator.sampled(embedding[:1], 0.0))).mean
         found = list(generator.sampled(embedding[self.strongest], guidance))
-        return [cells.numpy() for cells, _, _ in found], np.array([mean for _, mean, _ in found]) - level
+        return [sample.drawn.numpy() for sample in found], np.array([sample.mean for sample in found]) - level
 
     def quality(self, generator: Generator, embedding: np.ndarray, guidance: float | str) -> dict[str, float]:
         """Slope and correlation of generated on true effects, and the two-sample scores."""

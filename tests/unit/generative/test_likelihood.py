@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy import special, stats
 
-from dbdiffusion.generative.likelihood import log_gamma_and_digamma, nb_negative_log_likelihood
+from dbdiffusion.generative.likelihood import expected_log1p, log_gamma_and_digamma, nb_negative_log_likelihood
 
 
 def test_log_gamma_and_digamma_against_scipy() -> None:
@@ -52,3 +52,14 @@ def test_finite_at_extremes() -> None:
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(log_mean.grad).all()
+
+
+def test_expected_log1p_against_sums_over_counts() -> None:
+    rate, scale = np.geomspace(1e-5, 2e5, 60)[:, None] * np.array([1.0, 1.37]), np.geomspace(0.01, 50, 60)
+    got = expected_log1p(torch.tensor(rate).float(), torch.tensor(scale).float()).numpy()
+    for i in range(0, 60, 3):
+        for j in range(2):
+            low, high = stats.poisson.ppf([1e-12, 1 - 1e-12], rate[i, j])
+            counts = np.arange(int(low), int(high) + 2)
+            expected = (stats.poisson.pmf(counts, rate[i, j]) * np.log1p(counts * scale[i])).sum()
+            assert abs(got[i, j] - expected) < 1e-3 * max(expected, 1e-3), (rate[i, j], scale[i])

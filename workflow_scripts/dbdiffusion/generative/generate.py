@@ -40,6 +40,24 @@ CHUNK_CELLS = {"cpu": 4096, "cuda": 262144}
 
 
 @dataclass(frozen=True)
+class Sample:
+    """Cells of one perturbation, ln(1 + CP10k): drawn (kept, G), and expected (cells, G) given all noise but that of the last draw."""
+
+    drawn: Tensor
+    expected: Tensor
+
+    @property
+    def mean(self) -> np.ndarray:
+        """(G,)"""
+        return self.expected.double().mean(0).cpu().numpy()
+
+    @property
+    def mc_variance(self) -> np.ndarray:
+        """Monte-Carlo variance (G,) of the mean, cells counted as independent."""
+        return (self.expected.double().var(0) / len(self.expected)).cpu().numpy()
+
+
+@dataclass(frozen=True)
 class Generator:
     """A trained pair of networks and how to sample from it."""
 
@@ -82,20 +100,14 @@ class Generator:
         return torch.from_numpy(rng(self.seed, "batches").permutation(codes)).to(self.device)
 
     @torch.no_grad()
-    def expression(self, coordinates: Tensor, condition: np.ndarray) -> tuple[Tensor, np.ndarray, np.ndarray]:
-        """Coordinates (cells, c) of the perturbation with embedding `condition` (dimensions,) to cells, mean and Monte-Carlo variance.
-
-        Cells are drawn ln(1 + CP10k) (cells, G). The mean (G,) is that of the decoder's means where the decoder is gaussian, so that no
-        clipping enters it, and of the drawn cells for counts; its Monte-Carlo variance (G,) counts cells as independent.
-        """
+    def expression(self, coordinates: Tensor, condition: np.ndarray) -> Sample:
+        """Cells of coordinates (cells, c) of the perturbation with embedding `condition` (dimensions,)."""
         batch = self.batches()
         latent, log_library = self.vae.restored(coordinates, batch)
         decoded = self.vae.decode(latent, batch) + self.offsets(torch.from_numpy(condition).float().to(self.device))
-        cells = self.vae.draw(decoded, log_library, self.stream("decoder"))
-        each = cells if self.vae.counts else decoded
-        return cells, each.double().mean(0).cpu().numpy(), (each.double().var(0) / len(each)).cpu().numpy()
+        return Sample(*self.vae.draw(decoded, log_library, self.stream("decoder"), self.config.cells_kept))
 
-    def sampled(self, conditions: np.ndarray, guidance: np.ndarray | float) -> Iterator[tuple[Tensor, np.ndarray, np.ndarray]]:
+    def sampled(self, conditions: np.ndarray, guidance: np.ndarray | float) -> Iterator[Sample]:
         """`expression` of each of the conditions (R, dimensions), as many at once as the device takes."""
         strength = np.full(len(conditions), guidance, dtype=np.float32)
         at_once = max(1, CHUNK_CELLS[self.device.type] // self.config.cells)
@@ -193,10 +205,10 @@ def write_generated(
     strength = strengths(known.roles, config, about["crossfit"], guidance)
     kept, mean, variance = [], [], []
     with Progress(len(known.names), "generate") as progress:
-        for cells, m, v in generator.sampled(known.values, strength):
-            kept.append(cells[: config.cells_kept].cpu().numpy())
-            mean.append(m)
-            variance.append(v)
+        for sample in generator.sampled(known.values, strength):
+            kept.append(sample.drawn.cpu().numpy())
+            mean.append(sample.mean)
+            variance.append(sample.mc_variance)
             progress.update(1)
     MeanSet(known.names, known.roles, panel.genes, np.array(mean), np.array(variance)).write(means)
     write_cells(kept, known.names, known.roles, [about["crossfit"]] * len(kept), panel.genes, generated)

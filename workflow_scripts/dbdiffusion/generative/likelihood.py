@@ -1,19 +1,27 @@
-"""The negative binomial's likelihood with its gradient by hand: by torch's own functions it would cost more than the network.
+"""The negative binomial: its likelihood with the gradient by hand, and expectations of ln(1 + CP10k) under it.
 
-ln Gamma and its derivative come from Stirling's series at x + 3, brought back by ln x(x + 1)(x + 2): errors below 1e-6 for x > 0. Both
-need the same logarithm and reciprocal, so value and gradient are made in one pass.
+By torch's own functions the likelihood would cost more than the network. ln Gamma and its derivative come from Stirling's series at x + 3,
+brought back by ln x(x + 1)(x + 2): errors below 1e-6 for x > 0. Both need the same logarithm and reciprocal, so value and gradient are made
+in one pass.
 """
 
 from __future__ import annotations
 
 import math
+from functools import cache
 
+import numpy as np
 import torch
+from scipy.stats import poisson
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 LARGEST_GAP = 60.0
 """ln(mean / r) is cut here: its exponential stays finite."""
+LOG_RATES, LOG_SCALES = (-10.0, 14.0), (-7.0, 7.0)
+"""Range of the table of expectations: ln Poisson rate and ln CP10k of a single count."""
+EXACT_BELOW = 300.0
+"""Poisson rates up to which expectations are summed; above, they are expanded about the rate."""
 
 
 def log_gamma_and_digamma(x: Tensor, digamma: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -62,3 +70,34 @@ def nb_negative_log_likelihood(counts: Tensor, log_mean: Tensor, log_r: Tensor) 
     counts, log_mean: (n, G); log_r: (G,); variance mean + mean^2 / r. Returns (n,).
     """
     return _NegativeBinomial.apply(counts, log_mean, log_r)
+
+
+def expected_log1p(rate: Tensor, scale: Tensor) -> Tensor:
+    """E ln(1 + c scale) for c ~ Poisson(rate), elementwise, to about 1e-3: rate (n, G), scale (n,).
+
+    By bilinear interpolation of its ratio to ln(1 + rate scale), which is smooth and lies between 0 and 1. Beyond the table's range the
+    ratio is that of its edge.
+    """
+    columns = _place(torch.log(scale), LOG_SCALES)[:, None].expand_as(rate)
+    grid = torch.stack([columns, _place(torch.log(rate.clamp_min(1e-30)), LOG_RATES)], dim=-1)[None]
+    ratio = torch.nn.functional.grid_sample(_ratios(rate.device)[None, None], grid, padding_mode="border", align_corners=True)[0, 0]
+    return ratio * torch.log1p(rate * scale[:, None])
+
+
+def _place(values: Tensor, limits: tuple[float, float]) -> Tensor:
+    low, high = limits
+    return (values - low) * (2 / (high - low)) - 1
+
+
+@cache
+def _ratios(device: torch.device) -> Tensor:
+    """(rates, scales) table of E ln(1 + c scale) / ln(1 + rate scale)."""
+    rates, scales = np.exp(np.linspace(*LOG_RATES, 241)), np.exp(np.linspace(*LOG_SCALES, 141))
+    small = rates <= EXACT_BELOW
+    counts = np.arange(int(EXACT_BELOW + 12 * math.sqrt(EXACT_BELOW)))
+    exact = poisson.pmf(counts, rates[small, None]) @ np.log1p(counts[:, None] * scales)
+    # Fourth-order expansion in the central moments rate, rate and 3 rate^2 + rate.
+    rate, slope = rates[~small, None], scales / (1 + rates[~small, None] * scales)
+    series = np.log1p(rate * scales) - rate * slope**2 / 2 + rate * slope**3 / 3 - (3 * rate**2 + rate) * slope**4 / 4
+    table = np.vstack([exact, series]) / np.log1p(rates[:, None] * scales)
+    return torch.from_numpy(table).float().to(device)

@@ -52,17 +52,16 @@ class Trial:
 def trial_errors(generator: Generator, known: Conditions, effects: EffectSet) -> np.ndarray:
     """(P, S) mean squared error over genes of the effects of `known`'s perturbations against the unguided control, which is among them.
 
-    Less the Monte-Carlo variance, which grows with guidance: that of differences between cells of the same random numbers. It is of cells
-    as they are drawn: a little low for gaussian decoders, whose draws are clipped at 0.
+    Less the Monte-Carlo variance, which grows with guidance: that of differences between cells of the same random numbers.
     """
-    (control, level, _), *_ = generator.sampled(known.take([CONTROL]).values, 0.0)
+    control, *_ = generator.sampled(known.take([CONTROL]).values, 0.0)
     known = known.take([name for name in known.names if name != CONTROL])
     observed = effects.subset(list(known.names)).effect
     errors = np.zeros((len(observed), len(STRENGTHS)))
     for s, strength in enumerate(STRENGTHS):
-        for k, (cells, mean, _) in enumerate(generator.sampled(known.values, strength)):
-            noise = float((cells - control).double().var(dim=0).mean()) / len(cells)
-            errors[k, s] = np.square(mean - level - observed[k]).mean() - noise
+        for k, sample in enumerate(generator.sampled(known.values, strength)):
+            noise = float((sample.expected - control.expected).double().var(dim=0).mean()) / len(control.expected)
+            errors[k, s] = np.square(sample.mean - control.mean - observed[k]).mean() - noise
     return errors
 
 
@@ -80,7 +79,7 @@ def write_trial(
     out: str | Path,
 ) -> None:
     """Errors of one cross-fit model's pseudo-targets, and of its strongest seen perturbations, at every strength, as JSON."""
-    few = config.model_copy(update={"cells": CELLS})
+    few = config.model_copy(update={"cells": CELLS, "cells_kept": 0})
     measured_effects = EffectSet.read(effects)
     generator = load_generator(vae, vae_record, diffusion, diffusion_record, few, device, seed, measured_effects.genes)
     known, crossfit = Conditions.read(embedding), str(read_json(vae_record)["crossfit"])

@@ -26,7 +26,7 @@ from dbdiffusion.config.generator import VaeConfig
 from dbdiffusion.data.sets import EffectSet
 from dbdiffusion.generative import checkpoint
 from dbdiffusion.generative.cells import TARGET_SUM, Cells, Matrix, load_cells
-from dbdiffusion.generative.likelihood import nb_negative_log_likelihood
+from dbdiffusion.generative.likelihood import expected_log1p, nb_negative_log_likelihood
 from dbdiffusion.generative.networks import seeded, trunk
 from dbdiffusion.generative.training import Fitted, Plan, autocast_type, fit, split_rows, training_record
 from dbdiffusion.runtime.device import resolve_device
@@ -154,18 +154,25 @@ class CellVae(nn.Module):
         """The likelihood's mean of what it sees: ln(1 + CP10k) as decoded, or counts."""
         return torch.exp(decoded + (log_library - math.log(TARGET_SUM))[:, None]) if self.counts else decoded
 
-    def draw(self, decoded: Tensor, log_library: Tensor, stream: torch.Generator) -> Tensor:
-        """One draw of the cells' ln(1 + CP10k) from the decoder's likelihood, (n, G), not below 0."""
+    def draw(self, decoded: Tensor, log_library: Tensor, stream: torch.Generator, cells: int | None = None) -> tuple[Tensor, Tensor]:
+        """One draw of ln(1 + CP10k) (cells, G), not below 0, of the first cells from the decoder's likelihood, and what is expected of all
+        of them, (n, G), whose mean has less Monte-Carlo noise.
+
+        The expectation is the decoder's mean (gaussian: without the clipping at 0); for counts that of the Poisson draw, given a gamma draw
+        which is the same for all that are decoded with the same stream, and cancels in their differences.
+        """
+        some = slice(cells)
         if not self.variational:
-            return decoded.clamp_min(0)
+            return decoded[some].clamp_min(0), decoded
         if not self.counts:
-            noise = torch.randn(decoded.shape, generator=stream, device=decoded.device)
-            return (decoded + noise * torch.exp(0.5 * self.spread)).clamp_min(0)
+            noise = torch.randn(decoded.shape, generator=stream, device=decoded.device)[some]
+            return (decoded[some] + noise * torch.exp(0.5 * self.spread)).clamp_min(0), decoded
         log_mean = decoded + (log_library - math.log(TARGET_SUM))[:, None]
         shape = torch.exp(self.spread).expand_as(decoded)
         rate = torch._standard_gamma(shape, generator=stream) * torch.exp(log_mean - self.spread)
-        counts = torch.poisson(rate, generator=stream)
-        return torch.log1p(counts * (TARGET_SUM * torch.exp(-log_library))[:, None])
+        scale = TARGET_SUM * torch.exp(-log_library)
+        drawn = torch.log1p(torch.poisson(rate[some], generator=stream) * scale[some, None])
+        return drawn, expected_log1p(rate, scale)
 
 
 def gene_moments(expression) -> tuple[np.ndarray, np.ndarray]:
