@@ -82,6 +82,7 @@ rule embedding:
         effects="results/{dataset}/seed{seed}/fold{fold}/effects.parquet",
         splits="results/{dataset}/seed{seed}/splits.json",
         locations="results/{dataset}/seed{seed}/fold{fold}/locations.parquet",
+        gene_features="results/{dataset}/seed{seed}/fold{fold}/gene_features.parquet",
     output:
         embedding="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/embedding.parquet",
     log:

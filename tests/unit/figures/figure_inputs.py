@@ -19,8 +19,9 @@ from dbdiffusion.data.normalise import load_expression
 from dbdiffusion.data.qc import write_qc
 from dbdiffusion.data.sets import CONTROL, EffectSet, LocationSet
 from dbdiffusion.data.splits import Splits, write_splits
+from dbdiffusion.perturbations.conditions import write_embedding
 from dbdiffusion.perturbations.effects import estimate_effects, write_effects
-from dbdiffusion.perturbations.embedding import write_embedding
+from dbdiffusion.perturbations.features import GeneFeatures
 from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.files import write_json
 
@@ -91,10 +92,17 @@ def write_inputs(root: Path, *, perturbations: int = 14, cells: int = 45, genes:
     made = Inputs(root, targets)
     _write_locations(made)
     crossfit = "0"
+    features = GeneFeatures(
+        "gene_sets",
+        EffectSet.read(made.effects).perturbations,
+        np.random.default_rng(seed).normal(size=(len(EffectSet.read(made.effects).perturbations), 4)),
+    )
+    contracts.GENE_FEATURES.write(features.to_frame("all"), root / "gene_features.parquet")
     write_embedding(
         effects=made.effects,
         splits=made.splits,
         locations=made.locations,
+        gene_features=root / "gene_features.parquet",
         fold=FOLD,
         crossfit=crossfit,
         config=EmbeddingConfig(),

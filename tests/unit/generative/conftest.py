@@ -52,9 +52,16 @@ def write_embedding(screen: Screen, fold: str, crossfit: str) -> None:
     rows = [("control", "control", np.zeros(5)), *((p, "train", v) for p, v in zip(kept, own, strict=True))]
     for role, names in (("pseudo", splits.inner(fold, crossfit)), ("target", splits.targets(fold))):
         rows += [(name, role, own[i % len(own)] / 2) for i, name in enumerate(names)]
+    random = np.random.default_rng(int(crossfit))
+    parts = {"effects": rows, "features": [(name, role, random.normal(size=3)) for name, role, _ in rows]}
     frame = pd.DataFrame(
-        [(name, role, d, float(value)) for name, role, values in rows for d, value in enumerate(values)],
-        columns=["perturbation", "role", "dimension", "value"],
+        [
+            (part, name, role, d, float(value))
+            for part, some in parts.items()
+            for name, role, values in some
+            for d, value in enumerate(values)
+        ],
+        columns=["part", "perturbation", "role", "dimension", "value"],
     )
     contracts.EMBEDDING.write(frame, screen.embedding(fold, crossfit))
 

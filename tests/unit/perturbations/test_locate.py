@@ -20,8 +20,9 @@ from dbdiffusion.config.splits import SplitsConfig
 from dbdiffusion.data.moments import write_moments
 from dbdiffusion.data.sets import EffectSet, LocationSet
 from dbdiffusion.data.splits import Splits, write_splits
+from dbdiffusion.perturbations.conditions import feature_coordinates, write_embedding
 from dbdiffusion.perturbations.effects import write_effects
-from dbdiffusion.perturbations.embedding import write_embedding
+from dbdiffusion.perturbations.features import GeneFeatures
 from dbdiffusion.perturbations.locate import Plan, choose, combination_trials, learning_groups, make_learner, singles, write_locations
 from dbdiffusion.perturbations.locators import Confidence, Known, Located, Ranked, candidates
 from dbdiffusion.runtime import contracts
@@ -71,6 +72,7 @@ def run(
             effects=out / OUTPUTS[0],
             splits=splits,
             locations=out / OUTPUTS[2],
+            gene_features=out / OUTPUTS[4],
             fold=fold,
             crossfit=q,
             config=EmbeddingConfig(dimensions=8),
@@ -236,7 +238,8 @@ def test_every_query_is_there_and_nobody_is_its_own_neighbour(tiny_screen: Path,
 
 def test_embedding_holds_training_pseudo_and_targets(tiny_screen: Path, done: Path) -> None:
     splits = Splits.read(tiny_screen / "splits.json")
-    frame = contracts.EMBEDDING.read(done / "embedding0.parquet").astype({"perturbation": str, "role": str})
+    whole = contracts.EMBEDDING.read(done / "embedding0.parquet").astype({"part": str, "perturbation": str, "role": str})
+    frame, features = (whole[whole["part"] == part] for part in ("effects", "features"))
     by_role = frame.groupby("role")["perturbation"].unique()
     assert set(by_role["train"]) == set(splits.fit_perturbations("0", "0"))
     located = LocationSet.read(done / "locations.parquet", "0", pd.Index(splits.fit_perturbations("0", "0")))
@@ -246,6 +249,28 @@ def test_embedding_holds_training_pseudo_and_targets(tiny_screen: Path, done: Pa
     single = located.select([q for q in sorted(found) if "+" not in q])
     for query, weights in zip(single.queries, single.weights, strict=True):
         np.testing.assert_allclose(wide.loc[query], weights[:-1] @ wide.loc[single.neighbours[:-1]].to_numpy(), atol=1e-9)
+    # What is known of genes is there for all of them, and for the control, which has none, its own coordinate.
+    assert set(features["perturbation"]) == set(frame["perturbation"])
+    known = features.pivot_table(index="perturbation", columns="dimension", values="value")
+    assert (known.iloc[:, -1] == (known.index == "control")).all()
+    assert not known.loc["control"].iloc[:-1].any()
+    train = known.loc[sorted(by_role["train"])].iloc[:, :-1].to_numpy()
+    assert (train**2).mean() == pytest.approx(1)
+
+
+def test_features_of_combinations_are_sums_and_unknown_genes_are_at_the_mean() -> None:
+    random = np.random.default_rng(0)
+    names = [f"g{i}" for i in range(12)]
+    known = GeneFeatures("a", pd.Index(names), random.normal(size=(12, 30)))
+    other = GeneFeatures("b", pd.Index(names[:6]), random.normal(size=(6, 4)))
+    learned, queries = [*names[:8], "g0+g9"], ["g10", "g10+g11", "g11", "nobody", "nobody+g10"]
+    one, two = feature_coordinates({"a": known, "b": other}, learned, queries, 5)
+    assert one.shape == (9, 5)
+    assert (one**2).mean() == pytest.approx(1)
+    np.testing.assert_allclose(two[1], two[0] + two[2])
+    assert not two[3].any()
+    np.testing.assert_allclose(two[4], two[0])
+    assert feature_coordinates({}, learned, queries, 5)[1].shape == (5, 0)
 
 
 def test_names_are_reported_and_aliases_found(tiny_screen: Path, done: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ class EmbeddingConfig(Block):
     """Principal components of the effect matrix (fewer where perturbations are few)."""
     scale: Literal["standard_error", "gene_sd"] = "standard_error"
     """Divide effects by their standard error's scale, or z-score genes over perturbations (published)."""
+    feature_dimensions: int = Field(32, ge=1)
+    """Principal components of the gene features that the generator may be conditioned on (`diffusion.condition`)."""
 
 
 class ClustersConfig(Block):

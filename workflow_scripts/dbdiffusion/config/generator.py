@@ -52,8 +52,11 @@ class VaeConfig(Block):
 
 
 class DiffusionConfig(Block):
-    """Denoiser in the latent space, conditioned on the perturbation embedding."""
+    """Denoiser in the latent space, conditioned on the perturbation."""
 
+    condition: Literal["embedding", "features", "both"] = "both"
+    """What stands for a perturbation: its place in the embedding (published; located for those not measured), the features of its
+    genes, or both."""
     widths: list[int] = Field([256, 128], min_length=1)
     """Widths of the MLP U-Net's levels."""
     prediction: Literal["epsilon", "v", "x0"] = "v"
@@ -71,7 +74,7 @@ class DiffusionConfig(Block):
     standardise_latent: bool = True
     """Unit variance per latent coordinate before diffusion."""
     mean_offsets: bool = True
-    """Give back what the latent loses of a perturbation's mean, as a linear function of its embedding."""
+    """Give back what the latent loses of a perturbation's mean, as a linear function of its condition (not of features alone)."""
     batch_size: int = Field(256, ge=2)
     """Cells per training step."""
     learning_rate: float = Field(2.0e-3, gt=0)

@@ -24,8 +24,9 @@ MAX_TRAINING_NAMES = 6
 
 
 def wide(embedding: str | Path) -> tuple[pd.DataFrame, pd.Series]:
-    """Coordinates (perturbation x dimension) and roles of contract `embedding`."""
-    frame = contracts.EMBEDDING.read(embedding).astype({"perturbation": str, "role": str})
+    """Coordinates (perturbation x dimension) and roles of contract `embedding`, part effects."""
+    frame = contracts.EMBEDDING.read(embedding).astype({"part": str, "perturbation": str, "role": str})
+    frame = frame[frame["part"] == "effects"]
     place = frame.pivot(index="perturbation", columns="dimension", values="value")
     return place, frame.drop_duplicates("perturbation").set_index("perturbation")["role"]
 

@@ -29,24 +29,33 @@ from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.files import read_json, write_json
 from dbdiffusion.runtime.seeds import derive_seed
 
+PARTS_OF = {"embedding": ("effects",), "features": ("features",), "both": ("effects", "features")}
+"""Parts of contract `embedding` by config key diffusion.condition."""
+
 
 @dataclass(frozen=True)
 class Conditions:
-    """Perturbation embeddings: names and roles (R,), values (R, dimensions)."""
+    """What stands for perturbations: names and roles (R,), values (R, dimensions)."""
 
     names: pd.Index
     roles: np.ndarray
     values: np.ndarray
 
     @classmethod
-    def read(cls, path: str | Path) -> Conditions:
-        """From contract `embedding`, rows in order of name."""
+    def read(cls, path: str | Path, condition: str) -> Conditions:
+        """From contract `embedding`, rows in order of name; condition: config key diffusion.condition."""
         frame = contracts.EMBEDDING.read(path)
-        frame["perturbation"] = frame["perturbation"].astype(str)
-        wide = frame.pivot(index="perturbation", columns="dimension", values="value").sort_index()
-        roles = frame.drop_duplicates("perturbation").set_index("perturbation")["role"].astype(str).loc[wide.index]
+        frame = frame[frame["part"].isin(PARTS_OF[condition])].astype({"part": str, "perturbation": str, "role": str})
+        wide = frame.pivot(index="perturbation", columns=["part", "dimension"], values="value").sort_index().sort_index(axis=1)
+        roles = frame.drop_duplicates("perturbation").set_index("perturbation")["role"].loc[wide.index]
         if wide.isna().to_numpy().any():
             raise UserError("rows of differing dimensions", where=str(path), fix="run the rule that makes it again")
+        if condition == "features" and wide.shape[1] == 1:
+            raise UserError(
+                "no gene features to condition the generator on",
+                where="config key diffusion.condition",
+                fix="set it to embedding, or name feature sources (datasets.*.features) that know the genes",
+            )
         return cls(pd.Index(wide.index), roles.to_numpy(), wide.to_numpy(float))
 
     def select(self, roles: tuple[str, ...]) -> Conditions:
@@ -215,8 +224,8 @@ def write_diffusion(
 ) -> None:
     """Learn the denoiser of cross-fit model `crossfit` of `fold` on the latents of its own perturbations' cells and the control's.
 
-    Training perturbations are conditioned on their own embedding (role train). weights: safetensors; record: JSON. A killed training
-    resumes from `scratch`.
+    Training perturbations are conditioned on their own embedding (role train), on features, or both. weights: safetensors; record: JSON.
+    A killed training resumes from `scratch`.
     """
     on = resolve_device(device)
     network = load_vae(vae, vae_record, on)
@@ -225,7 +234,7 @@ def write_diffusion(
         raise UserError(
             "the autoencoder was learned on another panel of genes", where=str(vae_record), fix="make it again from these effects"
         )
-    known = Conditions.read(embedding).select(("train", "control"))
+    known = Conditions.read(embedding, config.condition).select(("train", "control"))
     label = known.names.get_indexer(data.perturbation)
     if (label < 0).any():
         absent = sorted(set(data.perturbation[label < 0]))
@@ -235,7 +244,8 @@ def write_diffusion(
     latents = latents_of(network, tensors, label, known.values, standardise)
     seed = derive_seed(seed, "diffusion", fold, crossfit)
     offsets = MeanOffsets.none(known.values.shape[1], network.genes)
-    if config.mean_offsets:
+    # Features are no average of what was measured: offsets learned from them alone would be carried to other genes unshrunk.
+    if config.mean_offsets and config.condition != "features":
         offsets = fit_offsets(network, tensors, latents, seed)
     denoiser, fitted = fit_denoiser(latents, config, device=on, seed=seed, scratch=scratch)
     checkpoint.save(

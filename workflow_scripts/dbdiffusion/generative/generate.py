@@ -200,7 +200,7 @@ def write_generated(
     """
     panel, about = EffectSet.read(effects), read_json(vae_record)
     generator = load_generator(vae, vae_record, diffusion, diffusion_record, config, device, seed, panel.genes)
-    known = Conditions.read(embedding)
+    known = Conditions.read(embedding, read_json(diffusion_record)["config"]["condition"])
     known = known.take(rows_to_generate(known, panel, about["crossfit"]))
     strength = strengths(known.roles, config, about["crossfit"], guidance)
     kept, mean, variance = [], [], []

@@ -82,7 +82,7 @@ def write_trial(
     few = config.model_copy(update={"cells": CELLS, "cells_kept": 0})
     measured_effects = EffectSet.read(effects)
     generator = load_generator(vae, vae_record, diffusion, diffusion_record, few, device, seed, measured_effects.genes)
-    known, crossfit = Conditions.read(embedding), str(read_json(vae_record)["crossfit"])
+    known, crossfit = Conditions.read(embedding, read_json(diffusion_record)["config"]["condition"]), str(read_json(vae_record)["crossfit"])
     measured = set(measured_effects.perturbations)
     made = known.take([name for name in rows_to_generate(known, measured_effects, crossfit) if name == CONTROL or name in measured])
     made = made.select(("pseudo", "train", "control"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,6 @@ from dbdiffusion.config.embedding import EmbeddingConfig
 from dbdiffusion.data.sets import CONTROL, EffectSet, LocationSet
 from dbdiffusion.data.splits import Splits
 from dbdiffusion.perturbations.effects import gene_scale
-from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.errors import UserError
 
 DENSE_EIGEN = 600  # largest matrix that is decomposed whole
@@ -107,39 +105,6 @@ def _signs(axes: np.ndarray) -> np.ndarray:
     """Signs that make the largest entry of each column positive."""
     top = np.abs(axes).argmax(axis=0)
     return np.where(axes[top, np.arange(axes.shape[1])] < 0, -1.0, 1.0)
-
-
-def write_embedding(
-    *,
-    effects: str | Path,
-    splits: str | Path,
-    locations: str | Path,
-    fold: str,
-    crossfit: str,
-    config: EmbeddingConfig,
-    out: str | Path,
-) -> None:
-    """The embedding of one cross-fit model: its training perturbations and the control by their own effects, its pseudo-targets
-    and the targets where the model's own locations put them. Queries that are not locatable are absent. Contract `embedding`.
-    """
-    measured, split = EffectSet.read(effects), Splits.read(splits)
-    learned = training_of(measured, split, fold, crossfit)
-    embedding = embed(measured.subset(learned), config)
-    located = LocationSet.read(locations, str(crossfit), pd.Index(learned))
-    located = located.select(located.queries[(located.info["status"] == "located").to_numpy()])
-    names = [*learned, CONTROL, *located.queries]
-    roles = ["train"] * len(learned) + ["control"] + list(located.info["role"])
-    values = np.vstack([embedding.scores, embedding.control[None], embedding.located(located)])
-    dimensions = values.shape[1]
-    frame = pd.DataFrame(
-        {
-            "perturbation": np.repeat(np.array(names, dtype=object), dimensions),
-            "role": np.repeat(np.array(roles, dtype=object), dimensions),
-            "dimension": np.tile(np.arange(dimensions), len(names)),
-            "value": values.ravel(),
-        }
-    )
-    contracts.EMBEDDING.write(frame, out)
 
 
 def training_of(effects: EffectSet, splits: Splits, fold: str, crossfit: str) -> list[str]:

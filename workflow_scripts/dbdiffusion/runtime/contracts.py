@@ -7,6 +7,7 @@ from dbdiffusion.runtime.tables import Table
 
 LOG_UNIT = "ln(1 + counts per 10,000)"
 ROLES = ("target", "pseudo", "train", "control")
+PARTS = ("effects", "features")
 CALLS = ("up", "down", "none", "no_call")
 
 EFFECTS = Table(
@@ -58,10 +59,11 @@ LOCATIONS = Table(
 
 EMBEDDING = Table(
     "embedding",
-    "Perturbation embedding of one cross-fit model. Training perturbations stand where their own effects "
-    "put them, pseudo-targets and targets where "
-    "they are located without their own cells. Queries that cannot be located are absent.",
+    "What one cross-fit model is conditioned on. In part `effects`, the perturbation embedding, training perturbations stand where their "
+    "own effects put them, pseudo-targets and targets where they are located without their own cells; part `features` tells of all of "
+    "them what is known of their genes. Queries that cannot be located are absent.",
     [
+        C("part", "str", "", "effects: perturbation embedding; features: gene features, the last 1 for the control", choices=PARTS),
         C("perturbation", "str", "", "perturbation, or `control` (the zero effect)"),
         C("role", "str", "", "train, control (own effects) or pseudo, target (located)", choices=ROLES),
         C("dimension", "int", "", "coordinate, from 0"),
@@ -69,10 +71,10 @@ EMBEDDING = Table(
             "value",
             "float",
             "sd",
-            "coordinate; mean square 1 over training perturbations and coordinates together, so that coordinates keep their proportions",
+            "coordinate; mean square 1 over training perturbations and coordinates of a part together, so that they keep their proportions",
         ),
     ],
-    ("perturbation", "dimension"),
+    ("part", "perturbation", "dimension"),
 )
 
 CLUSTERS = Table(
