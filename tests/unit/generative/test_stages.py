@@ -163,17 +163,19 @@ def test_another_panel_is_refused(screen, models: list[dict[str, Path]], tmp_pat
     effects = EffectSet.read(screen.effects)
     shuffled = type(effects)(effects.perturbations, effects.genes[::-1], *(getattr(effects, n) for n in list(vars(effects))[2:]))
     shuffled.write(tmp_path / "effects.parquet")
+    model = {
+        "embedding": screen.embedding("0", "0"),
+        "effects": tmp_path / "effects.parquet",
+        "vae": models[0]["vae.safetensors"],
+        "vae_record": models[0]["vae.json"],
+        "diffusion": models[0]["diffusion.safetensors"],
+        "diffusion_record": models[0]["diffusion.json"],
+        "config": screen.generation,
+        "device": "cpu",
+        "seed": 3,
+    }
     with pytest.raises(UserError, match="another panel"):
-        write_generated(
-            embedding=screen.embedding("0", "0"),
-            effects=tmp_path / "effects.parquet",
-            vae=models[0]["vae.safetensors"],
-            vae_record=models[0]["vae.json"],
-            diffusion=models[0]["diffusion.safetensors"],
-            diffusion_record=models[0]["diffusion.json"],
-            config=screen.generation,
-            device="cpu",
-            seed=3,
-            generated=tmp_path / "g.h5ad",
-            means=tmp_path / "m.parquet",
-        )
+        write_generated(**model, generated=tmp_path / "g.h5ad", means=tmp_path / "m.parquet")
+    with pytest.raises(UserError, match="another panel"):
+        write_trial(**model, out=tmp_path / "trial.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["effects.parquet"]

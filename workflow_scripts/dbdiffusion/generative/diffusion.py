@@ -21,7 +21,7 @@ from dbdiffusion.generative.networks import seeded
 from dbdiffusion.generative.offsets import MeanOffsets, fit_offsets
 from dbdiffusion.generative.samplers import SPACING
 from dbdiffusion.generative.schedule import NoiseSchedule, noise_schedule
-from dbdiffusion.generative.training import Fitted, Plan, autocast_type, fit, split_rows, training_record
+from dbdiffusion.generative.training import Fitted, Plan, fit, split_rows, training_record
 from dbdiffusion.generative.vae import CellTensors, load_vae
 from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.device import resolve_device
@@ -158,21 +158,7 @@ def fit_denoiser(
     network = seeded(lambda: Denoiser(coordinates, condition, config.widths, config.null_token), derive_seed(seed, "diffusion", "weights"))
     objective = Objective.make(config, device)
     train, held = split_rows(len(latents.mean), config.validation_share, derive_seed(seed, "diffusion"))
-    plan = Plan(
-        what="diffusion",
-        seed=seed,
-        rows=train,
-        batch_size=config.batch_size,
-        max_epochs=config.max_epochs,
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        ema=config.ema,
-        patience=config.patience,
-        validations=40,
-        checkpoint_seconds=config.checkpoint_seconds,
-        autocast=autocast_type(config.precision, device),
-    )
+    plan = Plan.of(config, "diffusion", seed, train, device, ema=config.ema, validations=40)
     key = checkpoint.digest(config.model_dump(), seed, latents.mean, latents.deviation, latents.label, latents.conditions)
     fitted = fit(
         network,

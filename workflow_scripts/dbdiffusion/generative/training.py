@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative import checkpoint
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.progress import Progress
@@ -60,6 +61,13 @@ class Plan:
     """At most so many validations, evenly over the epochs."""
     checkpoint_seconds: float = 60.0
     autocast: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, config: VaeConfig | DiffusionConfig, what: str, seed: int, rows: np.ndarray, device: torch.device, **more: Any) -> Plan:
+        """As the config says; more: further fields."""
+        same = ("batch_size", "max_epochs", "max_steps", "learning_rate", "weight_decay", "patience", "checkpoint_seconds")
+        stated = {name: getattr(config, name) for name in same}
+        return cls(what=what, seed=seed, rows=rows, autocast=autocast_type(config.precision, device), **stated, **more)
 
     @property
     def batch(self) -> int:

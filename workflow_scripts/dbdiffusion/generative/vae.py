@@ -28,7 +28,7 @@ from dbdiffusion.generative import checkpoint
 from dbdiffusion.generative.cells import TARGET_SUM, Cells, Matrix, load_cells
 from dbdiffusion.generative.likelihood import expected_log1p, nb_negative_log_likelihood
 from dbdiffusion.generative.networks import seeded, trunk
-from dbdiffusion.generative.training import Fitted, Plan, autocast_type, fit, split_rows, training_record
+from dbdiffusion.generative.training import Fitted, Plan, fit, split_rows, training_record
 from dbdiffusion.runtime.device import resolve_device
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.files import read_json, write_json
@@ -271,20 +271,8 @@ def fit_vae(
     network = seeded(lambda: CellVae(len(cells.genes), len(cells.batches), config), derive_seed(seed, "vae", "weights"))
     network.start_from(cells)
     train, held = split_rows(len(cells), config.validation_share, derive_seed(seed, "vae"))
-    plan = Plan(
-        what="vae",
-        seed=seed,
-        rows=train,
-        batch_size=config.batch_size,
-        max_epochs=config.max_epochs,
-        max_steps=config.max_steps,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        patience=config.patience,
-        grace=config.kl_warmup_share if network.variational and config.kl_weight > 0 else 0.0,
-        checkpoint_seconds=config.checkpoint_seconds,
-        autocast=autocast_type(config.precision, device),
-    )
+    grace = config.kl_warmup_share if network.variational and config.kl_weight > 0 else 0.0
+    plan = Plan.of(config, "vae", seed, train, device, grace=grace)
     key = checkpoint.digest(
         config.model_dump(), seed, cells.expression.data, cells.expression.indices, cells.log_library, cells.batch, cells.genes
     )
