@@ -52,7 +52,7 @@ format: $(READY) ## format code, render config and docs
 
 .PHONY: bench
 bench: $(READY) ## cost, speed and memory of the generator, of inference and of location
-	PYTHONPATH=workflow_scripts $(BIN)/python tests/benchmarks/bench_generative.py $(CORES)
+	PYTHONPATH=workflow_scripts $(BIN)/python tests/benchmarks/bench_generative.py
 	PYTHONPATH=workflow_scripts $(BIN)/python tests/benchmarks/bench_inference.py
 	PYTHONPATH=workflow_scripts $(BIN)/python tests/benchmarks/bench_locate.py
 

@@ -1,6 +1,7 @@
 """Cost and quality of the generator: this project's protocol against the published design, in one run on one machine.
 
-Run by hand: PYTHONPATH=workflow_scripts python tests/benchmarks/bench_generative.py [threads]
+Run by hand: PYTHONPATH=workflow_scripts python tests/benchmarks/bench_generative.py [threads], one by default: on CPUs the workflow trains
+and samples its models side by side, each on one.
 Writes results/bench/summary.json and results/bench/growth.png. Seconds per target of the published design are its measured step times x its
 step counts (one autoencoder and one diffusion model per target; 30,000 cells of the target and of each of 5 neighbours at 1000 guided
 steps). Its quality is measured at equal budget: trained for as long as the default protocol took. Quality is that of the ten strongest

@@ -454,7 +454,7 @@ def fit(screen: Screen, pseudo: Pseudo, variates: tuple[Variate, ...], weight: f
 
 def fit_tails(error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.ndarray, level: float) -> tuple[Stretch, float]:
     """Factor on tau^2 by its size, and largest degrees of freedom, with which t intervals hold their share of the pseudo-targets'
-    errors, at `level` and in the tails (TAIL_LEVEL).
+    errors, at `level` (and a standard error over pseudo-targets more) and in the tails (TAIL_LEVEL).
 
     Errors have heavier tails than t (most perturbations leave a gene alone, some change it much): intervals of unit scale
     would be too wide at the usual levels, and p far below 1 - level too small; and what is least sure is often less sure than it
@@ -471,21 +471,27 @@ def fit_tails(error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.
     far = max(level, TAIL_LEVEL)
     size = np.log(tau.ravel()[used] / np.maximum(own.ravel()[used], 1e-300))
     square, tau, known = (x.ravel()[used] for x in (error**2, tau, found.known + sampling))
-    df = found.df[used // error.shape[1]]
+    target = used // error.shape[1]
+    df = found.df[target]
     edge = np.quantile(size, 1 - LARGEST / TELLING)
     parts = [size <= edge, size > edge]
     points = tuple(float(np.median(size[part])) if part.any() else float(edge) for part in parts)
 
-    def factor_of(needed: np.ndarray) -> float:
-        """The factor at which a share `level` of the pairs is held."""
-        return float(np.clip(np.partition(needed, rank := int(np.ceil(level * len(needed))) - 1)[rank], *FACTORS))
+    def factor_of(needed: np.ndarray, share: float = level) -> float:
+        """The factor at which a share of the pairs is held."""
+        return float(np.clip(np.quantile(needed, share, method="inverted_cdf"), *FACTORS))
 
     for tail in TAILS:
         # The factor at which each pair's interval would just hold its error.
         needed = (square - norm.ppf(0.5 + level / 2) ** 2 * known) / (ttest.quantile(level, np.minimum(df, tail)) ** 2 * tau)
         stretch = Stretch(points, tuple(np.log([factor_of(needed[part]) if part.any() else factor_of(needed) for part in parts])))
         by_size = np.exp(np.interp(size, stretch.log_size, stretch.log_factor))
-        common = np.log(factor_of(needed / by_size))
+        needed = needed / by_size
+        # Few pseudo-targets tell their share with an error: one standard error more is held.
+        inside = needed <= factor_of(needed)
+        off = np.bincount(target, weights=inside - inside.mean())
+        margin = np.sqrt((off**2).sum() * len(off) / max(len(off) - 1, 1)) / len(inside)
+        common = np.log(factor_of(needed, min(level + margin, far)))
         stretch = Stretch(points, tuple(value + common for value in stretch.log_factor))
         cut = ttest.quantile(far, np.minimum(df, tail)) ** 2 * np.exp(common) * by_size
         if (square <= cut * tau + norm.ppf(0.5 + far / 2) ** 2 * known).mean() >= far:
