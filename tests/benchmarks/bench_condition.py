@@ -58,10 +58,8 @@ def of_model(results: Path, seed: str, fold: str, crossfit: str) -> Iterator[dic
                 scratch=None,
                 **made,
             )
-            config = GenerationConfig(cells_kept=0)
-            generator = load_generator(
-                *vae.values(), made["weights"], made["record"], config=config, device="cpu", seed=int(seed), genes=effects.genes
-            )
+            files = (*vae.values(), *made.values())
+            generator = load_generator(*files, config=GenerationConfig(cells_kept=1), device="cpu", seed=int(seed), genes=effects.genes)
         known = Conditions.read(embedding, condition).take([CONTROL, *names])
         means = np.array([sample.mean for sample in generator.sampled(known.values, 0.0)])
         predicted[condition] = means[1:] - means[0]

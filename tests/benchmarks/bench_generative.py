@@ -175,7 +175,7 @@ class Judge:
     def quality(self, generator: Generator, embedding: np.ndarray, guidance: float | str) -> dict[str, float]:
         """Slope and correlation of generated on true effects, and the two-sample scores."""
         if guidance == "tuned":
-            known = Conditions(pd.Index(self.names), np.array([""] * len(self.names)), embedding)
+            known = Conditions(pd.Index(self.names), np.array([""] * len(self.names)), embedding, embedding.shape[1])
             known = known.take([CONTROL, *(self.names[row] for row in self.strongest)])
             errors = trial_errors(generator, known, self.effects()).tolist()
             guidance = best_strength([dict(zip(known.names[1:], errors, strict=True))])
@@ -208,7 +208,9 @@ def run(vae: VaeConfig, diffusion: DiffusionConfig, generation: GenerationConfig
     label = pd.Index(names).get_indexer(train.perturbation)
     latents = latents_of(network, data, label, embedding, diffusion.standardise_latent)
     denoiser, second = fit_denoiser(latents, diffusion, device=CPU, seed=1)
-    offsets = fit_offsets(network, data, latents, 1) if diffusion.mean_offsets else MeanOffsets.none(embedding.shape[1], network.genes)
+    offsets = MeanOffsets.none(embedding.shape[1], network.genes)
+    if diffusion.mean_offsets:
+        offsets = fit_offsets(network, data, latents, 1, embedding.shape[1])
     objective = Objective.make(diffusion, CPU)
     schedule = sampling_schedule(diffusion, generation.sampler, generation.steps)
     generator = Generator(network, denoiser, offsets, objective, schedule, generation, 1)

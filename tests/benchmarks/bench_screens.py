@@ -113,8 +113,9 @@ def _inside(inference: table.Inference, result: table.Result, whole: EffectSet) 
         return np.full(len(result.targets), np.nan)
     queries = Queries.of(inference.screen, inference.locations.select(result.targets))
     found = debias.estimate(inference.models[table.STACKED][kind], inference.screen, queries, "target")
-    sd = np.sqrt(found.variance + debias.sampling_variance(whole))
-    return (np.abs(whole.effect - found.effect) <= ttest.quantile(0.95, found.df)[:, None] * sd).mean(1)
+    own = debias.sampling_variance(whole)
+    half = ttest.quantile(0.95, found.total_df(own, 0.95)) * np.sqrt(found.variance + own)
+    return (np.abs(whole.effect - found.effect) <= half).mean(1)
 
 
 def main() -> None:

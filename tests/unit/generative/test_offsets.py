@@ -29,7 +29,7 @@ def blind(toy, likelihood: str) -> tuple[CellVae, CellTensors, Latents]:
 @pytest.mark.parametrize("likelihood", ["gaussian", "nb"])
 def test_offsets_restore_the_means_of_a_blind_decoder(toy, likelihood: str) -> None:
     network, data, latents = blind(toy, likelihood)
-    offsets = fit_offsets(network, data, latents, 0)(latents.conditions).numpy()
+    offsets = fit_offsets(network, data, latents, 0, latents.conditions.shape[1])(latents.conditions).numpy()
     effect = offsets - offsets[:1]
     if likelihood == "nb":
         # Simulated at +1 and -1 in the first five genes.
@@ -39,6 +39,16 @@ def test_offsets_restore_the_means_of_a_blind_decoder(toy, likelihood: str) -> N
         real = {p: np.asarray(toy.expression[toy.perturbation == p].mean(0)).ravel() for p in ("control", "UP", "DOWN")}
         np.testing.assert_allclose(effect[1, :5], (real["UP"] - real["control"])[:5], atol=0.25)
     assert np.abs(effect[:, 5:]).mean() < 0.1
+
+
+def test_features_have_no_part_in_offsets(toy) -> None:
+    network, data, latents = blind(toy, "nb")
+    alone = fit_offsets(network, data, latents, 0, 1)
+    features = torch.tensor([[0.0, 2.0], [3.0, 1.0], [-1.0, 0.5]])
+    joined = Latents(latents.mean, latents.deviation, latents.label, torch.cat([latents.conditions, features], dim=1))
+    found = fit_offsets(network, data, joined, 0, 1)
+    torch.testing.assert_close(found.weight[:1], alone.weight)
+    assert found.weight.shape[0] == 3 and not found.weight[1:].any()
 
 
 def test_residual_means_against_the_obvious(toy) -> None:

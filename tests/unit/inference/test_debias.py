@@ -100,8 +100,8 @@ def test_what_was_learned_for_a_fold_does_not_know_its_pseudo_targets(make_scree
     observed = pseudo.observed.copy()
     observed[out] += 5.0
     variates = (Variate(Predictor.of("g", screen.means["dbdiffusion"], screen.effects), "debiased"),)
-    before = debias.fit(one, pseudo, variates, 0.5)
-    after = debias.fit(one, replace(pseudo, observed=observed), variates, 0.5)
+    before = debias.fit(one, pseudo, variates, 0.5, 0.95)
+    after = debias.fit(one, replace(pseudo, observed=observed), variates, 0.5, 0.95)
     assert np.allclose(before.prior_left[0], after.prior_left[0])
     assert not np.allclose(before.prior_left[1], after.prior_left[1])
 
@@ -151,6 +151,17 @@ def test_what_is_least_sure_is_held_as_often_as_the_rest():
     inside = np.abs(drawn(truly + known)) <= half
     assert inside[:, -10:].mean() == pytest.approx(0.95, abs=0.02)
     assert inside[:, 80:160].mean() == pytest.approx(0.95, abs=0.02)
+
+
+@pytest.mark.parametrize("size", [0.05, 4.0])
+def test_factors_stay_in_their_range(size):
+    random = np.random.default_rng(0)
+    error = size * random.standard_t(2.2, (100, 100))
+    tau = np.broadcast_to(np.geomspace(0.5, 2, 100), error.shape)
+    found = debias.Estimate(error, tau, 0 * error, 0 * error, np.full(100, 30.0), 0 * error)
+    stretch, _ = debias.fit_tails(error, found, np.ones(error.shape), 0 * error, 0.95)
+    factors = np.exp(stretch.log_factor)
+    assert (factors >= debias.FACTORS[0] * (1 - 1e-9)).all() and (factors <= debias.FACTORS[1] * (1 + 1e-9)).all()
 
 
 def test_interval_of_a_sum_of_an_estimated_and_a_known_variance():

@@ -271,6 +271,11 @@ def test_features_of_combinations_are_sums_and_unknown_genes_are_at_the_mean() -
     assert not two[3].any()
     np.testing.assert_allclose(two[4], two[0])
     assert feature_coordinates({}, learned, queries, 5)[1].shape == (5, 0)
+    # A source that knows few training genes: no axis is left on which they do not differ, whatever the queries do on it.
+    few = GeneFeatures("c", pd.Index([*names[:3], "g11"]), random.normal(size=(4, 9)))
+    one, two = feature_coordinates({"c": few}, learned, queries, 5)
+    assert one.shape[1] == two.shape[1] == 2
+    assert np.sqrt((one**2).mean(axis=0)).min() > 1e-2
 
 
 def test_names_are_reported_and_aliases_found(tiny_screen: Path, done: Path, tmp_path: Path) -> None:

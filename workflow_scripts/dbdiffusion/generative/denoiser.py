@@ -1,4 +1,4 @@
-"""The denoiser: an MLP U-Net on the latent, conditioned on the perturbation's embedding and the timestep."""
+"""The denoiser: an MLP U-Net on the latent, conditioned on the perturbation and the timestep."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Block(nn.Module):
 class Denoiser(nn.Module):
     """Widths descend level by level and come back, the levels of equal width joined by additive skips.
 
-    coordinates: width of the latent; condition: dimensions of the perturbation embedding; null_token: `learned`, an embedding of its
+    coordinates: width of the latent; condition: dimensions of a perturbation's condition; null_token: `learned`, an embedding of its
     own for the unconditional model, or `zero`, the zero condition (published: then null, control and zero are one).
     """
 
@@ -51,7 +51,7 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def embed(self, condition: Tensor) -> Tensor:
-        """Perturbation embeddings (u, condition) to label embeddings (u, width)."""
+        """Conditions (u, condition) to label embeddings (u, width)."""
         return self.label(condition)
 
     def null_label(self) -> Tensor:

@@ -35,11 +35,12 @@ PARTS_OF = {"embedding": ("effects",), "features": ("features",), "both": ("effe
 
 @dataclass(frozen=True)
 class Conditions:
-    """What stands for perturbations: names and roles (R,), values (R, dimensions)."""
+    """What stands for perturbations: names and roles (R,), values (R, dimensions), the first `placed` of which are of the embedding."""
 
     names: pd.Index
     roles: np.ndarray
     values: np.ndarray
+    placed: int
 
     @classmethod
     def read(cls, path: str | Path, condition: str) -> Conditions:
@@ -56,17 +57,18 @@ class Conditions:
                 where="config key diffusion.condition",
                 fix="set it to embedding, or name feature sources (datasets.*.features) that know the genes",
             )
-        return cls(pd.Index(wide.index), roles.to_numpy(), wide.to_numpy(float))
+        placed = int((wide.columns.get_level_values("part") == "effects").sum())
+        return cls(pd.Index(wide.index), roles.to_numpy(), wide.to_numpy(float), placed)
 
     def select(self, roles: tuple[str, ...]) -> Conditions:
         keep = np.isin(self.roles, roles)
-        return Conditions(self.names[keep], self.roles[keep], self.values[keep])
+        return Conditions(self.names[keep], self.roles[keep], self.values[keep], self.placed)
 
     def take(self, names: list[str]) -> Conditions:
         at = self.names.get_indexer(names)
         if (at < 0).any():
             raise KeyError(f"perturbations without embedding: {[n for n, i in zip(names, at, strict=True) if i < 0][:5]}")
-        return Conditions(self.names[at], self.roles[at], self.values[at])
+        return Conditions(self.names[at], self.roles[at], self.values[at], self.placed)
 
 
 @dataclass(frozen=True)
@@ -230,9 +232,8 @@ def write_diffusion(
     latents = latents_of(network, tensors, label, known.values, standardise)
     seed = derive_seed(seed, "diffusion", fold, crossfit)
     offsets = MeanOffsets.none(known.values.shape[1], network.genes)
-    # Features are no average of what was measured: offsets learned from them alone would be carried to other genes unshrunk.
-    if config.mean_offsets and config.condition != "features":
-        offsets = fit_offsets(network, tensors, latents, seed)
+    if config.mean_offsets and known.placed:
+        offsets = fit_offsets(network, tensors, latents, seed, known.placed)
     denoiser, fitted = fit_denoiser(latents, config, device=on, seed=seed, scratch=scratch)
     checkpoint.save(
         weights,

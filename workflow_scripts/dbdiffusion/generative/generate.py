@@ -101,7 +101,7 @@ class Generator:
 
     @torch.no_grad()
     def expression(self, coordinates: Tensor, condition: np.ndarray) -> Sample:
-        """Cells of coordinates (cells, c) of the perturbation with embedding `condition` (dimensions,)."""
+        """Cells of coordinates (cells, c) of the perturbation with `condition` (dimensions,)."""
         batch = self.batches()
         latent, log_library = self.vae.restored(coordinates, batch)
         decoded = self.vae.decode(latent, batch) + self.offsets(torch.from_numpy(condition).float().to(self.device))

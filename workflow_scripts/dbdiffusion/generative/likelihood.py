@@ -16,10 +16,14 @@ from scipy.stats import poisson
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+LARGEST_LOG_R = 10.0
+"""ln r of a distribution that is Poisson for all purposes; beyond, single precision would lose the difference."""
 LARGEST_GAP = 60.0
 """ln(mean / r) is cut here: its exponential stays finite."""
 LOG_RATES, LOG_SCALES = (-10.0, 14.0), (-7.0, 7.0)
 """Range of the table of expectations: ln Poisson rate and ln CP10k of a single count."""
+BLOCK = 4_000_000
+"""Expectations that are made at once."""
 EXACT_BELOW = 300.0
 """Poisson rates up to which expectations are summed; above, they are expanded about the rate."""
 
@@ -46,14 +50,14 @@ class _NegativeBinomial(torch.autograd.Function):
     def forward(ctx: FunctionCtx, counts: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
         r, wanted = torch.exp(log_r), any(ctx.needs_input_grad)
         total, gap = counts + r, (log_mean - log_r).clamp_(max=LARGEST_GAP)
-        more = torch.exp(gap).add_(1)
-        excess = more.log()
+        u = torch.exp(gap)
+        excess = torch.log1p(u)
         at_total, slope = log_gamma_and_digamma(total, wanted)
         at_r, slope_r = log_gamma_and_digamma(r, wanted)
         value = torch.addcmul(at_r - at_total, total, excess).addcmul_(counts, gap, value=-1).sum(1)
         if wanted:
             # The derivatives by ln mean, (c + r) u / (1 + u) - c, and by ln r.
-            by_mean = torch.sub(r, total.div_(more))
+            by_mean = (u / (u + 1)).mul_(total).sub_(counts)
             by_r = excess.add_(slope_r).sub_(slope).mul_(r).sub_(by_mean)
             ctx.save_for_backward(by_mean, by_r)
         return value
@@ -67,7 +71,7 @@ class _NegativeBinomial(torch.autograd.Function):
 def nb_negative_log_likelihood(counts: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
     """-ln NB(counts; mean, inverse dispersion r) of each cell, summed over genes, without ln(counts!) which no parameter changes.
 
-    counts, log_mean: (n, G); log_r: (G,); variance mean + mean^2 / r. Returns (n,).
+    counts, log_mean: (n, G); log_r: (G,), at most LARGEST_LOG_R; variance mean + mean^2 / r. Returns (n,).
     """
     return _NegativeBinomial.apply(counts, log_mean, log_r)
 
@@ -78,10 +82,14 @@ def expected_log1p(rate: Tensor, scale: Tensor) -> Tensor:
     By bilinear interpolation of its ratio to ln(1 + rate scale), which is smooth and lies between 0 and 1. Beyond the table's range the
     ratio is that of its edge.
     """
-    columns = _place(torch.log(scale), LOG_SCALES)[:, None].expand_as(rate)
-    grid = torch.stack([columns, _place(torch.log(rate.clamp_min(1e-30)), LOG_RATES)], dim=-1)[None]
-    ratio = torch.nn.functional.grid_sample(_ratios(rate.device)[None, None], grid, padding_mode="border", align_corners=True)[0, 0]
-    return ratio * torch.log1p(rate * scale[:, None])
+    table, out = _ratios(rate.device)[None, None], []
+    at_once = max(1, BLOCK // rate.shape[1])
+    for r, s in zip(rate.split(at_once), scale.split(at_once), strict=True):
+        columns = _place(torch.log(s), LOG_SCALES)[:, None].expand_as(r)
+        grid = torch.stack([columns, _place(torch.log(r.clamp_min(1e-30)), LOG_RATES)], dim=-1)[None]
+        ratio = torch.nn.functional.grid_sample(table, grid, padding_mode="border", align_corners=True)[0, 0]
+        out.append(ratio * torch.log1p(r * s[:, None]))
+    return torch.cat(out)
 
 
 def _place(values: Tensor, limits: tuple[float, float]) -> Tensor:

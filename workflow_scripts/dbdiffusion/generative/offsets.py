@@ -3,7 +3,8 @@
 An autoencoder keeps what many cells share. What one perturbation does alone (the knock-down of its own gene, say) is too small a part of
 the likelihood to earn a latent coordinate, so decoded means are attenuated. The loss is measured on the training cells: decoded from their
 own posterior, a perturbation's cells should have its observed mean. The differences delta_kj, shrunk by their noise, are regressed on the
-perturbation embedding; the decoder of a perturbation with embedding e adds intercept + e W to its means (gaussian) or log rates (nb).
+perturbation embedding; the decoder of a perturbation with condition e adds intercept + e W to its means (gaussian) or log rates (nb). Gene
+features among the conditions have no part in it: places of unmeasured perturbations are averages and keep offsets small, features are not.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ from dbdiffusion.generative.vae import CellTensors, CellVae
 from dbdiffusion.runtime.seeds import derive_seed
 
 RIDGE = 1.0e-3
-"""Penalty per condition; embeddings have a mean square of 1. Enough to invert, too little to shrink: delta is shrunk already."""
+"""Penalty per perturbation; embeddings have a mean square of 1. Enough to invert, too little to shrink: delta is shrunk already."""
 
 
 @dataclass(frozen=True)
 class MeanOffsets:
-    """intercept (G,), weight (D, G): what is added to the decoder's output at embedding e is intercept + e weight."""
+    """intercept (G,), weight (D, G): what is added to the decoder's output at condition e is intercept + e weight."""
 
     intercept: Tensor
     weight: Tensor
 
     def __call__(self, conditions: Tensor) -> Tensor:
-        """Embeddings (R, D) to offsets (R, G)."""
+        """Conditions (R, D) to offsets (R, G)."""
         return self.intercept + conditions @ self.weight
 
     @classmethod
@@ -60,7 +61,7 @@ def residual_means(network: CellVae, data: CellTensors, latents: Latents, seed: 
         n.index_add_(0, label, torch.ones(len(rows), 1, dtype=torch.float64, device=device))
     n = n.clamp_min(1)
     if network.counts:
-        variance = 1 / expected.clamp_min(0.5) + torch.exp(-network.spread.double()) / n
+        variance = 1 / expected.clamp_min(0.5) + torch.exp(-network.log_r.double()) / n
         return torch.log((observed + 0.5) / (expected + 0.5)), variance
     return (observed - expected) / n, (network.spread.double().exp() / n).expand_as(observed)
 
@@ -72,13 +73,14 @@ def shrunk(delta: Tensor, variance: Tensor) -> Tensor:
     return delta * tau2 / (tau2 + variance)
 
 
-def fit_offsets(network: CellVae, data: CellTensors, latents: Latents, seed: int) -> MeanOffsets:
-    """Ridge regression of the shrunk residual means on the embeddings, the intercept free."""
+def fit_offsets(network: CellVae, data: CellTensors, latents: Latents, seed: int, placed: int) -> MeanOffsets:
+    """Ridge regression of the shrunk residual means on the embeddings, which are the first `placed` conditions; the intercept is free."""
     delta = shrunk(*residual_means(network, data, latents, seed))
-    x = latents.conditions.double()
+    x = latents.conditions[:, :placed].double()
     centre, level = x.mean(0), delta.mean(0)
     x = x - centre
     # The dual form: there are seldom more conditions than a few hundred.
     gram = x @ x.T + RIDGE * len(x) * torch.eye(len(x), dtype=x.dtype, device=x.device)
     weight = x.T @ torch.linalg.solve(gram, delta - level)
-    return MeanOffsets((level - centre @ weight).float(), weight.float())
+    rest = torch.zeros(latents.conditions.shape[1] - placed, weight.shape[1], device=weight.device)
+    return MeanOffsets((level - centre @ weight).float(), torch.cat([weight.float(), rest]))

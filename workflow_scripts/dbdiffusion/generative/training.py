@@ -286,14 +286,18 @@ class Trainer:
         if stored is None:
             return False
         tensors, state = stored
-        self.network.load_state_dict(checkpoint.unprefixed("network", tensors))
-        self.best = {k: v.to(self.device) for k, v in checkpoint.unprefixed("best", tensors).items()}
-        for i, value in enumerate(self.averaged):
-            checkpoint.same_dtype_copy(value, tensors[f"averaged.{i}"])
         moments: dict[int, dict[str, Any]] = {}
         for name, value in checkpoint.unprefixed("optimiser", tensors).items():
             index, _, entry = name.partition(".")
             moments.setdefault(int(index), {})[entry] = value
+        # The optimiser itself does not look: moments of another layout would crash it.
+        if [m["exp_avg"].shape for _, m in sorted(moments.items())] != [value.shape for value in self.values]:
+            logger.warning("starting from the beginning: %s is a training state of another version", self.path)
+            return False
+        self.network.load_state_dict(checkpoint.unprefixed("network", tensors))
+        self.best = {k: v.to(self.device) for k, v in checkpoint.unprefixed("best", tensors).items()}
+        for i, value in enumerate(self.averaged):
+            checkpoint.same_dtype_copy(value, tensors[f"averaged.{i}"])
         self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
         checkpoint.same_dtype_copy(self.running, tensors["running"])
         self.state = _State(**state)

@@ -26,7 +26,7 @@ from dbdiffusion.config.generator import VaeConfig
 from dbdiffusion.data.sets import EffectSet
 from dbdiffusion.generative import checkpoint
 from dbdiffusion.generative.cells import TARGET_SUM, Cells, Matrix, load_cells
-from dbdiffusion.generative.likelihood import expected_log1p, nb_negative_log_likelihood
+from dbdiffusion.generative.likelihood import LARGEST_LOG_R, expected_log1p, nb_negative_log_likelihood
 from dbdiffusion.generative.networks import seeded, trunk
 from dbdiffusion.generative.training import Fitted, Plan, fit, split_rows, training_record
 from dbdiffusion.runtime.device import resolve_device
@@ -70,6 +70,11 @@ class CellVae(nn.Module):
     def counts(self) -> bool:
         """Whether the decoder is a distribution of counts."""
         return self.variational and self.config.likelihood == "nb"
+
+    @property
+    def log_r(self) -> Tensor:
+        """ln r (G,) of the negative binomial."""
+        return self.spread.clamp(max=LARGEST_LOG_R)
 
     @property
     def coordinates(self) -> int:
@@ -134,7 +139,7 @@ class CellVae(nn.Module):
         if not self.counts:
             return 0.5 * ((decoded - observed).square() * torch.exp(-self.spread) + self.spread).sum(1)
         log_mean = decoded + (log_library - math.log(TARGET_SUM))[:, None]
-        return nb_negative_log_likelihood(observed, log_mean, self.spread)
+        return nb_negative_log_likelihood(observed, log_mean, self.log_r)
 
     def standardised(self, latent: Tensor, log_library: Tensor, batch: Tensor) -> Tensor:
         """Latent (n, latent) in units of its training standard deviation, with the library coordinate for counts: (n, coordinates)."""
@@ -168,8 +173,8 @@ class CellVae(nn.Module):
             noise = torch.randn(decoded.shape, generator=stream, device=decoded.device)[some]
             return (decoded[some] + noise * torch.exp(0.5 * self.spread)).clamp_min(0), decoded
         log_mean = decoded + (log_library - math.log(TARGET_SUM))[:, None]
-        shape = torch.exp(self.spread).expand_as(decoded)
-        rate = torch._standard_gamma(shape, generator=stream) * torch.exp(log_mean - self.spread)
+        shape = torch.exp(self.log_r).expand_as(decoded)
+        rate = torch._standard_gamma(shape, generator=stream) * torch.exp(log_mean - self.log_r)
         scale = TARGET_SUM * torch.exp(-log_library)
         drawn = torch.log1p(torch.poisson(rate[some], generator=stream) * scale[some, None])
         return drawn, expected_log1p(rate, scale)

@@ -85,7 +85,7 @@ def _held_out_guide(
     locations = LocationSet(names, pd.Index([*neighbours, CONTROL]), np.hstack([weights, np.zeros((len(names), 1))]), info)
     screen = debias.Screen.of(train, config.de_fdr)
     pseudo = debias.pseudo_targets(screen, locations, "single", seed)
-    model = debias.fit(screen, pseudo, (), 0.0)
+    model = debias.fit(screen, pseudo, (), 0.0, config.level)
     found = debias.estimate(model, screen, Queries.of(screen, locations.select([held])), "target")
     extra = screen.control_sampling
     p = ttest.p_values(found.effect, np.sqrt(found.variance + extra), found.total_df(extra, config.level))

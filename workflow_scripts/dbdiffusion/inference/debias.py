@@ -37,7 +37,7 @@ TAIL_LEVEL = 0.995
 TELLING = 0.35
 """Share of the pairs that tell it: those with the largest model variance beside the observation's sampling variance."""
 LARGEST = 0.10
-"""Of these, the share with the very largest, which have a factor of their own: there perturbations differ most."""
+"""Share of the pairs with the very largest, which have a factor of their own: there perturbations differ most."""
 TAIL_PAIRS = 500_000
 """About so many of them are looked at."""
 CHUNK = 4_000_000
@@ -418,7 +418,7 @@ def fit_uncalibrated(screen: Screen, queries: Queries, variates: tuple[Variate, 
     )
 
 
-def fit(screen: Screen, pseudo: Pseudo, variates: tuple[Variate, ...], weight: float | None, level: float = 0.95) -> Model:
+def fit(screen: Screen, pseudo: Pseudo, variates: tuple[Variate, ...], weight: float | None, level: float) -> Model:
     """Tune weights (None: on the pseudo-targets) and variances on the errors of the pseudo-targets of one kind."""
     queries, folds = pseudo.queries, pseudo.folds
     n_genes, n_folds = pseudo.observed.shape[1], int(folds.max()) + 1
@@ -479,7 +479,7 @@ def fit_tails(error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.
 
     def factor_of(needed: np.ndarray, share: float = level) -> float:
         """The factor at which a share of the pairs is held."""
-        return float(np.clip(np.quantile(needed, share, method="inverted_cdf"), *FACTORS))
+        return float(max(np.quantile(needed, share, method="inverted_cdf"), 1e-6))
 
     for tail in TAILS:
         # The factor at which each pair's interval would just hold its error.
@@ -492,8 +492,9 @@ def fit_tails(error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.
         off = np.bincount(target, weights=inside - inside.mean())
         margin = np.sqrt((off**2).sum() * len(off) / max(len(off) - 1, 1)) / len(inside)
         common = np.log(factor_of(needed, min(level + margin, far)))
-        stretch = Stretch(points, tuple(value + common for value in stretch.log_factor))
-        cut = ttest.quantile(far, np.minimum(df, tail)) ** 2 * np.exp(common) * by_size
+        stretch = Stretch(points, tuple(np.clip([value + common for value in stretch.log_factor], *np.log(FACTORS))))
+        by_size = np.exp(np.interp(size, stretch.log_size, stretch.log_factor))
+        cut = ttest.quantile(far, np.minimum(df, tail)) ** 2 * by_size
         if (square <= cut * tau + norm.ppf(0.5 + far / 2) ** 2 * known).mean() >= far:
             break
     return stretch, tail

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import product
-from multiprocessing import get_all_start_methods, get_context
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -222,14 +223,13 @@ def run_study(
     ]
     files = []
     with Progress(len(chunks), "calibration study") as progress:
-        if workers <= 1:
+        # A spawned process would run the calling script, which is no module to import, once more; forks are safe on Linux only.
+        if workers <= 1 or sys.platform != "linux":
             for chunk in chunks:
                 files.append(run_chunk(chunk, str(scratch), config))
                 progress.update()
         else:
-            # A spawned process would run the calling script, which is no module to import, once more.
-            method = "fork" if "fork" in get_all_start_methods() else "spawn"
-            with ProcessPoolExecutor(workers, mp_context=get_context(method)) as pool:
+            with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
                 for path in pool.map(run_chunk, chunks, [str(scratch)] * len(chunks), [config] * len(chunks)):
                     files.append(path)
                     progress.update()

@@ -15,6 +15,9 @@ from dbdiffusion.perturbations.embedding import embed, principal_axes, training_
 from dbdiffusion.perturbations.features import GeneFeatures, design, of_fit
 from dbdiffusion.runtime import contracts
 
+TELLING = 1.0e-6
+"""Axes of features are left out whose mean square over training perturbations is this small beside the largest."""
+
 
 def feature_coordinates(
     sources: Mapping[str, GeneFeatures], learned: Sequence[str], queries: Sequence[str], dimensions: int
@@ -22,7 +25,8 @@ def feature_coordinates(
     """(P, D) of the training perturbations and (R, D) of the queries: principal components of their genes' features.
 
     The features of a combination are the sum of its genes'; a gene that no source knows is at the mean, 0. Coordinates share one scale
-    factor, which gives them a mean square of 1 over training perturbations. D = min(dimensions, P - 1, features), 0 without sources.
+    factor, which gives them a mean square of 1 over training perturbations. D is at most min(dimensions, P - 1, features) and 0 without
+    sources.
     """
     genes = sorted({gene for name in [*learned, *queries] for gene in parts(name)})
     if not sources:
@@ -34,7 +38,10 @@ def feature_coordinates(
         for names in (learned, queries)
     )
     axes = principal_axes(known, min(dimensions, len(known) - 1, known.shape[1]))
-    size = np.sqrt(((known @ axes) ** 2).mean())
+    spread = ((known @ axes) ** 2).mean(axis=0)
+    # Along an axis on which training perturbations do not differ, nothing can be learned of the queries, which may.
+    axes = axes[:, spread > TELLING * spread.max(initial=0.0)]
+    size = np.sqrt(((known @ axes) ** 2).mean()) if axes.shape[1] else 0.0
     factor = 1.0 / size if size > 1e-12 else 1.0
     return known @ axes * factor, asked @ axes * factor
 

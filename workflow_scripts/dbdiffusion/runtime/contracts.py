@@ -71,7 +71,7 @@ EMBEDDING = Table(
             "value",
             "float",
             "sd",
-            "coordinate; mean square 1 over training perturbations and coordinates of a part together, so that they keep their proportions",
+            "coordinate; mean square 1 over training perturbations and coordinates of a part together (but the control's own)",
         ),
     ],
     ("part", "perturbation", "dimension"),
