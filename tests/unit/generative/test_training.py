@@ -95,6 +95,20 @@ def test_damaged_state_is_ignored(tmp_path: Path) -> None:
     assert same(whole.state_dict(), again.state_dict())
 
 
+def test_state_of_another_layout_is_ignored(tmp_path: Path, caplog) -> None:
+    """Moments of another size would not be noticed by the optimiser: it crashes."""
+    config = DiffusionConfig(widths=[8], batch_size=32, max_steps=20, checkpoint_seconds=1e-9)
+    whole, _ = fit_denoiser(latents(), config, device=CPU, seed=5)
+    with pytest.raises(StopTraining):
+        fit_denoiser(latents(), config, device=CPU, seed=5, scratch=tmp_path, on_step=stop_at(10))
+    path = next(tmp_path.glob("*.safetensors"))
+    tensors, state = checkpoint.load(path)
+    checkpoint.save(path, {name: value[:4] if name.startswith("optimiser.0.exp") else value for name, value in tensors.items()}, state)
+    again, _ = fit_denoiser(latents(), config, device=CPU, seed=5, scratch=tmp_path)
+    assert "another version" in caplog.text
+    assert same(whole.state_dict(), again.state_dict())
+
+
 @pytest.mark.parametrize("likelihood", ["gaussian", "nb"])
 def test_half_precision_reaches_the_loss_of_single_precision(toy, likelihood: str) -> None:
     config = VaeConfig(hidden=[32], latent=4, likelihood=likelihood, batch_size=64, max_epochs=20, validation_share=0.2)
