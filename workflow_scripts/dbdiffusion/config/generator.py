@@ -74,7 +74,7 @@ class DiffusionConfig(Block):
     standardise_latent: bool = True
     """Unit variance per latent coordinate before diffusion."""
     mean_offsets: bool = True
-    """Give back what the latent loses of a perturbation's mean, as a linear function of its condition (not of features alone)."""
+    """Give back what the latent loses of a perturbation's mean, as a linear function of its embedding."""
     batch_size: int = Field(256, ge=2)
     """Cells per training step."""
     learning_rate: float = Field(2.0e-3, gt=0)
