@@ -130,14 +130,6 @@ def learning_rate(step: int, total: int, peak: float, warm_up: int = 50) -> floa
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, total - warm_up)))
 
 
-def clip(gradients: list[Tensor]) -> None:
-    """Scale gradients down to a common norm of CLIP, in place."""
-    norm = torch.stack([g.norm() for g in gradients]).norm()
-    factor = (CLIP / (norm + 1e-6)).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(factor)
-
-
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """Deterministic kernels within the block; an operation that has none warns."""
@@ -212,7 +204,7 @@ class Trainer:
         for one in self.flat:
             one.collect(gradients[: len(one.parameters)])
             gradients = gradients[len(one.parameters) :]
-        clip([value.grad for value in self.values])
+        nn.utils.clip_grad_norm_(self.values, CLIP)
         self.optimiser.step()
         self.running += value.detach()
         self.state.step = step + 1

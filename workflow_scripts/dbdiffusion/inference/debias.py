@@ -262,10 +262,9 @@ class Model:
 
     weights: of the variates; prior (G,), prior_left (H, G): mean square of standardised errors, moderated; local_scale,
     local_df: scaled F of local variances against the prior; df_prior: its own degrees of freedom; scale (G,),
-    scale_left (H, G): what the errors' normal scores ask the variance to be multiplied with (with one factor common to all,
-    as df_tail is, that all of them tell); own (G,): typical sampling
-    variance of an observed mean; calibrated: whether pseudo-targets of this kind stand behind it; df_tail: largest
-    degrees of freedom that the errors' tails allow; stretch: factor on tau^2 by its size.
+    scale_left (H, G): what the errors' normal scores ask the variance to be multiplied with; own (G,): typical sampling variance of
+    an observed mean; calibrated: whether pseudo-targets of this kind stand behind it; df_tail: largest degrees of freedom that the
+    errors' tails allow; stretch: factor on tau^2 by its size. The last two are one for all pseudo-targets, which tell them together.
     """
 
     variates: tuple[Variate, ...]
