@@ -153,6 +153,17 @@ def test_what_is_least_sure_is_held_as_often_as_the_rest():
     assert inside[:, 80:160].mean() == pytest.approx(0.95, abs=0.02)
 
 
+def test_few_pseudo_targets_do_not_promise_more_than_they_tell():
+    random = np.random.default_rng(0)
+    tau, inside = np.ones((4, 200)), []
+    for _ in range(150):
+        error, new = (random.normal(size=(4, 200)) * np.exp(random.normal(scale=0.7, size=(4, 1))) for _ in range(2))
+        stretch, df = debias.fit_tails(error, debias.Estimate(error, tau, 0 * tau, 0 * tau, np.full(4, 30.0), tau), tau, 0 * tau, 0.95)
+        half = ttest.quantile(0.95, np.array([min(df, 30.0)])) * np.sqrt(stretch.factor(tau, np.ones(200)))
+        inside.append((np.abs(new) <= half).mean())
+    assert 0.945 <= np.mean(inside) <= 0.975
+
+
 @pytest.mark.parametrize("size", [0.05, 4.0])
 def test_factors_stay_in_their_range(size):
     random = np.random.default_rng(0)

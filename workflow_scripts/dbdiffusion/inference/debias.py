@@ -453,7 +453,9 @@ def fit(screen: Screen, pseudo: Pseudo, variates: tuple[Variate, ...], weight: f
 
 def fit_tails(error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.ndarray, level: float) -> tuple[Stretch, float]:
     """Factor on tau^2 by its size, and largest degrees of freedom, with which t intervals hold their share of the pseudo-targets'
-    errors, at `level` (and a standard error over pseudo-targets more) and in the tails (TAIL_LEVEL).
+    errors, at `level` (and a standard error over pseudo-targets more) and in the tails (TAIL_LEVEL). With K pseudo-targets all factors are
+    then widened as t with K - 1 degrees of freedom is wider than the normal: how well a new target is predicted differs from target to
+    target, and K of them say little of it where K is 4, as it may be for combinations.
 
     Errors have heavier tails than t (most perturbations leave a gene alone, some change it much): intervals of unit scale
     would be too wide at the usual levels, and p far below 1 - level too small; and what is least sure is often less sure than it
@@ -472,6 +474,7 @@ def fit_tails(error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.
     square, tau, known = (x.ravel()[used] for x in (error**2, tau, found.known + sampling))
     target = used // error.shape[1]
     df = found.df[target]
+    few = 2 * np.log(ttest.quantile(level, np.array([max(len(error) - 1.0, 1.0)]))[0] / norm.ppf(0.5 + level / 2))
     edge = np.quantile(size, 1 - LARGEST / TELLING)
     parts = [size <= edge, size > edge]
     points = tuple(float(np.median(size[part])) if part.any() else float(edge) for part in parts)
@@ -490,7 +493,7 @@ def fit_tails(error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.
         inside = needed <= factor_of(needed)
         off = np.bincount(target, weights=inside - inside.mean())
         margin = np.sqrt((off**2).sum() * len(off) / max(len(off) - 1, 1)) / len(inside)
-        common = np.log(factor_of(needed, min(level + margin, far)))
+        common = np.log(factor_of(needed, min(level + margin, far))) + few
         stretch = Stretch(points, tuple(np.clip([value + common for value in stretch.log_factor], *np.log(FACTORS))))
         by_size = np.exp(np.interp(size, stretch.log_size, stretch.log_factor))
         cut = ttest.quantile(far, np.minimum(df, tail)) ** 2 * by_size
