@@ -73,6 +73,24 @@ def test_concordance_is_one_only_for_equality():
     assert np.isnan(distribution.concordance(np.zeros(5), np.zeros(5)))
 
 
+def test_correlations_agree_whatever_the_number_of_cells():
+    random = np.random.default_rng(0)
+    loadings = random.normal(scale=0.35, size=(2, 6, 60))
+
+    def draw(n, structure=loadings[0], noise=1.0):
+        return random.normal(size=(n, 6)) @ structure + noise * random.normal(size=(n, 60))
+
+    axes = distribution.fit_axes(draw(2000), 20)
+    same = [np.mean([distribution.correlation_agreement(draw(n), draw(n), axes) for _ in range(40)]) for n in (30, 60, 300)]
+    assert same == pytest.approx([1.0] * 3, abs=0.05)
+    # Cells of half the noise have correlations that are too large, with less sampling error: they are no better than real cells.
+    sharp = [distribution.correlation_agreement(draw(60, noise=0.5), draw(60), axes) for _ in range(40)]
+    assert np.mean(sharp) < 0.93
+    other = [distribution.correlation_agreement(draw(60, loadings[1]), draw(60), axes) for _ in range(40)]
+    assert abs(np.mean(other)) < 0.1
+    assert np.isnan(distribution.correlation_agreement(np.ones((40, 60)), np.ones((40, 60)), axes))
+
+
 def test_gene_correlations_are_those_of_the_leading_genes():
     random = np.random.default_rng(6)
     shared = random.normal(size=(400, 1))
