@@ -166,6 +166,8 @@ def figures():
         fold=FOLDS[0],
     )
     out += expand("results/{dataset}/report/de.html", dataset=CONFIG.run.datasets)
+    if CONFIG.run.targets:
+        out += expand("results/{dataset}/figures/targets.png", dataset=CONFIG.run.datasets)
     if HELD_OUT_FOLDS:
         out += expand(
             "results/{dataset}/figures/{name}.png",

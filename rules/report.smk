@@ -173,6 +173,35 @@ rule figure_intervals:
         "../workflow_scripts/figure_intervals.py"
 
 
+rule figure_targets:
+    input:
+        de="results/{dataset}/tables/de.parquet",
+        splits=f"results/{{dataset}}/seed{SEEDS[0]}/splits.json",
+    output:
+        png=report(
+            "results/{dataset}/figures/targets.png",
+            caption="report/targets.rst",
+            category="{dataset}",
+            subcategory="4 Predictions",
+            labels={"figure": "targets nobody measured"},
+        ),
+        pdf="results/{dataset}/figures/targets.pdf",
+    log:
+        "<logs>/{dataset}/figure_targets.log",
+    conda:
+        "../envs/figures.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory(2000, times_input=10),
+        runtime=minutes(10),
+    params:
+        method=SHOWN,
+        config=block("inference"),
+        code=code("figure_targets.py"),
+    script:
+        "../workflow_scripts/figure_targets.py"
+
+
 rule figure_scores:
     input:
         scores="results/{dataset}/tables/scores.parquet",

@@ -23,5 +23,6 @@ def test_targets_nobody_measured(fresh):
     assert (lost["reason"].astype(str).str.contains("not_locatable")).all()
     found = de[(de["target"] == gene) & (de["method"] == "dbdiffusion")]
     assert found["estimate"].notna().all()
+    assert (folder / "figures/targets.png").exists()
     generated = ad.read_h5ad(folder / "seed1/foldall/dbdiffusion/generated.h5ad")
     assert gene in set(generated.obs["perturbation"])

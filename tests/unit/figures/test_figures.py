@@ -144,14 +144,14 @@ def test_generated_cells_of_neighbours_are_drawn_too(made):
 
 def test_predicted_observed(made, out, caplog):
     de = made.root / "de.parquet"
-    predicted_observed.draw_predicted_observed(de=de, moments=made.moments, targets=[*made.targets[:2], made.targets[-1], "NOBODY"], **out)
+    predicted_observed.draw_predicted_observed(de=de, moments=made.moments, targets=[*made.targets[:3], made.targets[-1]], **out)
     good(out, caplog, width=style.PAGE)
 
 
 def test_targets_without_an_estimate_take_no_panel(made, out, caplog, monkeypatch):
     drawn, notes = [], []
-    panel, legend = predicted_observed._measured_panel, predicted_observed.call_legend
-    monkeypatch.setattr(predicted_observed, "_measured_panel", lambda *a: drawn.append(a[2]) or panel(*a))
+    panel, legend = predicted_observed._panel, predicted_observed.call_legend
+    monkeypatch.setattr(predicted_observed, "_panel", lambda *a: drawn.append(a[2]) or panel(*a))
     monkeypatch.setattr(predicted_observed, "call_legend", lambda *a: notes.append(a[3]) or legend(*a))
     keys = {"de": made.root / "de.parquet", "moments": made.moments, "most": 2}
     predicted_observed.draw_predicted_observed(targets=[made.targets[-1], *made.targets[:4]], **keys, **out)
@@ -165,13 +165,15 @@ def test_targets_without_an_estimate_take_no_panel(made, out, caplog, monkeypatc
 
 @pytest.mark.parametrize("count", [0, 1, 6])
 def test_predicted_observed_with_any_number_of_targets(count, made, out, caplog):
-    predicted_observed.draw_predicted_observed(de=made.root / "de.parquet", moments=None, targets=made.targets[:count], **out)
+    predicted_observed.draw_predicted_observed(de=made.root / "de.parquet", moments=made.moments, targets=made.targets[:count], **out)
     good(out, caplog, ink=0 if count == 0 else 0.003)
 
 
 def test_a_method_without_rows_is_named(made, out):
     with pytest.raises(UserError, match="did you mean 'stacked'"):
-        predicted_observed.draw_predicted_observed(de=made.root / "de.parquet", moments=None, targets=made.targets, method="staked", **out)
+        predicted_observed.draw_predicted_observed(
+            de=made.root / "de.parquet", moments=made.moments, targets=made.targets, method="staked", **out
+        )
 
 
 def test_observed_halves_share_no_cell(made):
@@ -200,6 +202,23 @@ def test_intervals_of_the_first_target_that_has_an_estimate(made, tmp_path):
         return png.read_bytes()
 
     assert draw("several", [made.targets[-1], *made.targets]) == draw("one", made.targets[0])
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_targets_nobody_measured(count, made, out, caplog, monkeypatch):
+    drawn, rows = [], intervals._draw_rows
+    monkeypatch.setattr(intervals, "_draw_rows", lambda ax, part, *a: drawn.append(part["target"].iloc[0]) or rows(ax, part, *a))
+    lost = made.targets[-1]
+    intervals.draw_targets(
+        de=made.root / "de.parquet", targets=[lost, "NOBODY", *made.targets[: count - 1]], method="stacked", level=0.95, **out
+    )
+    assert drawn == ["NOBODY", *made.targets[: count - 1]]
+    good(out, caplog)
+
+
+def test_no_target_that_nobody_measured_has_an_estimate(made, out, caplog):
+    intervals.draw_targets(de=made.root / "de.parquet", targets=made.targets[-1:], method="stacked", level=0.95, **out)
+    good(out, caplog, ink=0.001)
 
 
 @pytest.mark.parametrize("target", ["NOBODY", "not in the table", -1])

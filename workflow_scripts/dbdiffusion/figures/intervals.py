@@ -1,4 +1,4 @@
-"""Predicted changes of one target's genes with their intervals, beside what was observed."""
+"""Predicted changes of genes with their intervals: of one held-out target beside what was observed, and of targets nobody measured."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from scipy.stats import norm
 from dbdiffusion.figures import style
 from dbdiffusion.figures.observed import observe, predicted
 from dbdiffusion.figures.predicted_observed import top_genes
+
+UNMEASURED_COLUMNS = 3
+"""Targets side by side."""
 
 
 def choose_genes(rows: pd.DataFrame, n: int) -> pd.DataFrame:
@@ -86,6 +89,14 @@ def _mark_calls(ax: Axes, part: pd.DataFrame) -> None:
             )
 
 
+def _abstained(rows: pd.DataFrame) -> str:
+    """Why no gene has a call or an estimate, "" where some have."""
+    if not (rows["call"] == "no_call").all():
+        return ""
+    reasons = [r for r in rows["reason"].unique() if r]
+    return "abstained" + (f": {reasons[0]}" if reasons else "")
+
+
 def _legend(ax: Axes, level: float, observed: bool, called: np.ndarray) -> None:
     look = {"color": style.PREDICTED, "ms": 3.6, "lw": 1.5}
     handles = []
@@ -126,8 +137,7 @@ def draw_intervals(
     with style.sheet(style.COLUMN, 34 + 3.6 * max(len(part), 4), png=png, pdf=pdf) as page:
         ax = page.fig.subplots()
         if part.empty:
-            reasons = [r for r in rows["reason"].unique() if r] if rows is not None else []
-            style.empty(ax, f"{target}: no estimate" + (f"\n{reasons[0]}" if reasons else ""))
+            style.empty(ax, f"{target}: no estimate\n{_abstained(rows) if rows is not None else ''}".rstrip())
             return
         _draw_rows(ax, part, truth, float(norm.ppf(0.5 + level / 2)))
         _mark_calls(ax, part)
@@ -137,8 +147,45 @@ def draw_intervals(
         if truth is not None:
             share, n = observed_share(rows, truth, level)
             title += f"\nobserved within the interval: {share:.0%} of {style.count(n, 'gene')}"
-        if (rows["call"] == "no_call").all():
-            reasons = [r for r in rows["reason"].unique() if r]
-            title += "\nabstained" + (f": {reasons[0]}" if reasons else "")
-        ax.set_title(title)
+        ax.set_title(f"{title}\n{_abstained(rows)}".rstrip())
         _legend(ax, level, truth is not None, part["call"].isin(["up", "down"]).to_numpy())
+
+
+def draw_targets(
+    *, de: str | Path, targets: list[str], png: str | Path, pdf: str | Path, method: str, level: float, genes: int = 12, most: int = 12
+) -> None:
+    """The first `most` targets that nobody measured, each with its `genes` genes of largest |predicted change| / error.
+
+    de: contract `de`. Titles give calls, genes, effective number of neighbours and confidence of the location; targets without an estimate
+    are named with the reason. Raises UserError when the method is not in the table.
+    """
+    found = predicted(de, method, targets)
+    shown = [target for target in targets if target in found and found[target]["lfc"].notna().any()][:most]
+    lost = [target for target in targets if target in found and found[target]["lfc"].isna().all()]
+    rows, columns = style.grid(len(shown), UNMEASURED_COLUMNS)
+    width = {1: style.COLUMN, 2: 130.0}.get(columns, style.PAGE)
+    with style.sheet(width, rows * (18 + 3.3 * genes) + 22, png=png, pdf=pdf) as page:
+        if not shown:
+            why = [f"{style.short(target, 24)}: {_abstained(found[target])}" for target in lost[:6]]
+            style.empty(page.fig.subplots(), "\n".join(["No target was predicted.", *why]))
+            return
+        axes = page.fig.subplots(rows, columns, squeeze=False).ravel()
+        called = []
+        for ax, target in zip(axes, shown, strict=False):
+            part = choose_genes(found[target], genes)
+            _draw_rows(ax, part, None, 0.0)
+            _mark_calls(ax, part)
+            first, calls = found[target].iloc[0], found[target]["call"].isin(["up", "down"])
+            called += part["call"].isin(["up", "down"]).tolist()
+            title = f"{style.short(target, 24)}: {int(calls.sum()):,}/{len(calls):,} called\n"
+            ax.set_title(title + (_abstained(found[target]) or f"K_eff {first['k_eff']:.1f}, confidence {first['confidence']:.2f}"))
+        for ax in axes[len(shown) :]:
+            ax.set_visible(False)
+        for ax in axes[max(0, len(shown) - columns) : len(shown)]:
+            ax.set_xlabel(f"change against control,\n{style.LFC}")
+        style.letter_panels(list(axes[: len(shown)]))
+        _legend(axes[0], level, False, np.array(called))
+        if lost:
+            page.fig.suptitle(
+                style.as_many_as_fit(page.fig, "no estimate (see the table of calls) of ", lost, width - 6, 6.5), fontsize=6.5
+            )

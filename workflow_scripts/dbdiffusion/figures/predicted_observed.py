@@ -49,7 +49,7 @@ def _face(call: str) -> dict[str, object]:
     return {"c": style.CALL_COLOURS[call], "linewidths": 0}
 
 
-def _measured_panel(page: style.Sheet, ax: Axes, target: str, rows: pd.DataFrame, truth: pd.DataFrame) -> None:
+def _panel(page: style.Sheet, ax: Axes, target: str, rows: pd.DataFrame, truth: pd.DataFrame) -> None:
     """Observed (x) against predicted (y), with the 1:1 line, Pearson and the replicate's Pearson."""
     truth = truth.reindex(rows.index)
     x, y = truth["effect"].to_numpy(), rows["lfc"].to_numpy()
@@ -76,21 +76,6 @@ def _measured_panel(page: style.Sheet, ax: Axes, target: str, rows: pd.DataFrame
     page.label(ax, x[named], y[named], rows.index[named], avoid=(x[crowd], y[crowd]))
 
 
-def _unmeasured_panel(page: style.Sheet, ax: Axes, target: str, rows: pd.DataFrame) -> None:
-    """A target that nobody measured: control mean (x) against predicted change (y)."""
-    x, y = rows["control_mean"].to_numpy(), rows["lfc"].to_numpy()
-    good = np.isfinite(x) & np.isfinite(y)
-    ax.axhline(0, color=style.GREY, lw=0.6, ls=(0, (4, 2)), zorder=1)
-    _points(ax, x[good], y[good], rows["call"].to_numpy()[good])
-    ax.set_box_aspect(1)
-    ax.margins(0.08)
-    ax.set_title(f"{style.short(target, TITLE)}\nnot measured")
-    ax.set_xlabel("mean in control")
-    ax.set_ylabel(f"predicted ({_called(rows[good])})")
-    named = top_genes(np.where(good, np.abs(y), np.nan), LABELS)
-    page.label(ax, x[named], y[named], rows.index[named])
-
-
 def _called(rows: pd.DataFrame) -> str:
     return f"{int(rows['call'].isin(['up', 'down']).sum()):,}/{len(rows):,} called"
 
@@ -103,7 +88,7 @@ def _reason(rows: pd.DataFrame) -> str:
 def draw_predicted_observed(
     *,
     de: str | Path,
-    moments: str | Path | None,
+    moments: str | Path,
     targets: list[str],
     png: str | Path,
     pdf: str | Path,
@@ -112,8 +97,8 @@ def draw_predicted_observed(
 ) -> None:
     """One panel per target: predicted change of `method` against the change observed in half B of its cells.
 
-    de: contract `de`; moments: moments.h5ad of the same seed (None, or without a target's cells: the panel shows the
-    prediction alone); targets: the first `most` that were predicted are drawn, those that were not are named.
+    de: contract `de`; moments: moments.h5ad of the same seed; targets: held-out ones, of which the first `most` that were predicted are
+    drawn, and those that were not are named.
     Units ln(1 + CP10k). Raises UserError when the method is not in the table.
     """
     found = predicted(de, method, targets)
@@ -131,10 +116,7 @@ def draw_predicted_observed(
             return
         axes = page.fig.subplots(rows, columns, squeeze=False).ravel()
         for ax, target in zip(axes, shown, strict=False):
-            if target in truth:
-                _measured_panel(page, ax, target, found[target], truth[target])
-            else:
-                _unmeasured_panel(page, ax, target, found[target])
+            _panel(page, ax, target, found[target], truth[target])
         for ax in axes[len(shown) :]:
             ax.set_visible(False)
         style.letter_panels(axes[: len(shown)])
