@@ -155,11 +155,12 @@ def test_what_is_least_sure_is_held_as_often_as_the_rest():
 
 def test_few_pseudo_targets_do_not_promise_more_than_they_tell():
     random = np.random.default_rng(0)
-    tau, inside = np.ones((4, 200)), []
+    tau, inside = np.broadcast_to(np.geomspace(0.1, 10, 200), (4, 200)), []
     for _ in range(150):
-        error, new = (random.normal(size=(4, 200)) * np.exp(random.normal(scale=0.7, size=(4, 1))) for _ in range(2))
+        error, new = (random.normal(size=(4, 200)) * np.sqrt(tau) * np.exp(random.normal(scale=0.7, size=(4, 1))) for _ in range(2))
         stretch, df = debias.fit_tails(error, debias.Estimate(error, tau, 0 * tau, 0 * tau, np.full(4, 30.0), tau), tau, 0 * tau, 0.95)
-        half = ttest.quantile(0.95, np.array([min(df, 30.0)])) * np.sqrt(stretch.factor(tau, np.ones(200)))
+        assert stretch.log_factor[0] == stretch.log_factor[1]
+        half = ttest.quantile(0.95, np.array([min(df, 30.0)])) * np.sqrt(tau * stretch.factor(tau, np.ones(200)))
         inside.append((np.abs(new) <= half).mean())
     assert 0.945 <= np.mean(inside) <= 0.975
 

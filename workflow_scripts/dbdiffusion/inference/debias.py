@@ -38,6 +38,8 @@ TELLING = 0.35
 """Share of the pairs that tell it: those with the largest model variance beside the observation's sampling variance."""
 LARGEST = 0.10
 """Share of the pairs with the very largest, which have a factor of their own: there perturbations differ most."""
+MIN_BY_SIZE = 20
+"""Fewer pseudo-targets have one factor: they tell too little of how errors depend on the size of tau^2."""
 TAIL_PAIRS = 500_000
 """About so many of them are looked at."""
 CHUNK = 4_000_000
@@ -453,9 +455,9 @@ def fit(screen: Screen, pseudo: Pseudo, variates: tuple[Variate, ...], weight: f
 
 def fit_tails(error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.ndarray, level: float) -> tuple[Stretch, float]:
     """Factor on tau^2 by its size, and largest degrees of freedom, with which t intervals hold their share of the pseudo-targets'
-    errors, at `level` (and a standard error over pseudo-targets more) and in the tails (TAIL_LEVEL). With K pseudo-targets all factors are
-    then widened as t with K - 1 degrees of freedom is wider than the normal: how well a new target is predicted differs from target to
-    target, and K of them say little of it where K is 4, as it may be for combinations.
+    errors, at `level` and in the tails (TAIL_LEVEL). At `level` more is held, the larger of a standard error over pseudo-targets and, with
+    K of them, what t with K - 1 degrees of freedom has over the normal: how well targets are predicted differs from one to the next, of
+    which the four or five measured combinations that some screens have say little.
 
     Errors have heavier tails than t (most perturbations leave a gene alone, some change it much): intervals of unit scale
     would be too wide at the usual levels, and p far below 1 - level too small; and what is least sure is often less sure than it
@@ -476,7 +478,7 @@ def fit_tails(error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.
     df = found.df[target]
     few = 2 * np.log(ttest.quantile(level, np.array([max(len(error) - 1.0, 1.0)]))[0] / norm.ppf(0.5 + level / 2))
     edge = np.quantile(size, 1 - LARGEST / TELLING)
-    parts = [size <= edge, size > edge]
+    parts = [size <= edge, size > edge] if len(error) >= MIN_BY_SIZE else [np.ones_like(size, dtype=bool)] * 2
     points = tuple(float(np.median(size[part])) if part.any() else float(edge) for part in parts)
 
     def factor_of(needed: np.ndarray, share: float = level) -> float:
@@ -489,11 +491,10 @@ def fit_tails(error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.
         stretch = Stretch(points, tuple(np.log([factor_of(needed[part]) if part.any() else factor_of(needed) for part in parts])))
         by_size = np.exp(np.interp(size, stretch.log_size, stretch.log_factor))
         needed = needed / by_size
-        # Few pseudo-targets tell their share with an error: one standard error more is held.
         inside = needed <= factor_of(needed)
         off = np.bincount(target, weights=inside - inside.mean())
         margin = np.sqrt((off**2).sum() * len(off) / max(len(off) - 1, 1)) / len(inside)
-        common = np.log(factor_of(needed, min(level + margin, far))) + few
+        common = max(np.log(factor_of(needed, min(level + margin, far))), np.log(factor_of(needed)) + few)
         stretch = Stretch(points, tuple(np.clip([value + common for value in stretch.log_factor], *np.log(FACTORS))))
         by_size = np.exp(np.interp(size, stretch.log_size, stretch.log_factor))
         cut = ttest.quantile(far, np.minimum(df, tail)) ** 2 * by_size
