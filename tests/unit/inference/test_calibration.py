@@ -139,7 +139,9 @@ def test_all_checks_are_there(written):
         rows = frame[(frame["check"] == check) & (frame["stratum"] == "per target")]
         assert set(rows["method"]) == set(held_out.ERROR_MODELS)
         assert set(rows["level"]) == set(held_out.LEVELS)
-    assert {"expression low", "effect high", "k_eff few", "confidence low", "affected genes"} <= set(frame["stratum"])
+    assert {"prediction strongest 5 %", "expression low", "effect high", "k_eff few", "confidence low", "affected genes"} <= set(
+        frame["stratum"]
+    )
     # Strata say what was averaged: no row is just `all`.
     assert "all" not in set(frame["stratum"])
     predictors = {"dbdiffusion", "neighbour_mean", "lambda_0", "lambda_1"}

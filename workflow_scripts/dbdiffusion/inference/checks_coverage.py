@@ -12,18 +12,24 @@ from dbdiffusion.inference.bands import PER_TARGET, Rows, mean_row
 from dbdiffusion.inference.debias import Queries
 from dbdiffusion.inference.held_out import ERROR_MODELS, LEVELS, Fold
 
+STRONGEST = 0.05
+"""Share of a target's genes that are those of strongest predicted effect."""
+
 
 @dataclass(frozen=True)
 class Located:
     """The located targets of one kind of a fold: rows (R,) among the fold's targets, predicted effect and observed one (R, G),
-    strata of expression and of observed effect (R, G) as thirds, k_eff and confidence (R,), and half widths (R, G) by error model as
-    functions of the level: `observed`, with the observation's own variance, and `reported`, of lfc as the table gives it."""
+    strata of expression and of observed effect (R, G) as thirds, genes of strongest prediction (R, G), kind, k_eff and confidence (R,),
+    and half widths (R, G) by error model as functions of the level: `observed`, with the observation's own variance, and `reported`, of
+    lfc as the table gives it."""
 
     rows: np.ndarray
     predicted: np.ndarray
     seen: np.ndarray
     expression: np.ndarray
     effect: np.ndarray
+    strongest: np.ndarray
+    kind: str
     k_eff: np.ndarray
     confidence: np.ndarray
     observed: dict[str, Callable[[float], np.ndarray]]
@@ -52,6 +58,8 @@ def _located(fold: Fold, kind: str) -> Located:
         whole.effect,
         np.broadcast_to(_thirds(whole.control_mean), whole.effect.shape),
         np.stack([_thirds(np.abs(e)) for e in whole.effect]),
+        np.abs(found.effect) >= np.quantile(np.abs(found.effect), 1 - STRONGEST, axis=1, keepdims=True),
+        kind,
         queries.info["k_eff"].to_numpy(dtype=float),
         queries.info["confidence"].to_numpy(dtype=float),
         {model: widths(model, own) for model in ERROR_MODELS},
@@ -74,7 +82,8 @@ def coverage(folds: Sequence[Fold]) -> Rows:
 
     The interval is that of the effect, widened by the sampling variance s^2/n of the observation. Prediction and observation
     share their control cells, so the control's error cancels and is left out. A unit is a target; strata are thirds of
-    expression (by control mean) and of effect (observed), few or many neighbours, and low or high location confidence.
+    expression (by control mean) and of effect (observed), the genes of strongest predicted effect, combinations (where singles are targets
+    too), few or many neighbours, and low or high location confidence.
     """
     parts = located_targets(folds)
     if not parts:
@@ -83,6 +92,9 @@ def coverage(folds: Sequence[Fold]) -> Rows:
     k_eff, confidence = (np.concatenate([getattr(p, name) for p in parts]) for name in ("k_eff", "confidence"))
     few, unsure = k_eff <= np.median(k_eff), confidence <= np.median(confidence)
     groups = {"k_eff few": few, "k_eff many": ~few, "confidence low": unsure, "confidence high": ~unsure}
+    combined = np.concatenate([np.full(len(p.rows), p.kind == "additive") for p in parts])
+    if combined.any() and not combined.all():
+        groups["combinations"] = combined
     for model in ERROR_MODELS:
         for level in LEVELS:
             inside = [np.abs(p.seen - p.predicted) <= p.observed[model](level) for p in parts]
@@ -93,5 +105,7 @@ def coverage(folds: Sequence[Fold]) -> Rows:
                 for g, word in enumerate(("low", "mid", "high")):
                     values = [share_within(i, getattr(p, name) == g) for p, i in zip(parts, inside, strict=True)]
                     rows.append(mean_row("coverage", model, level, f"{name} {word}", np.concatenate(values)))
+            values = np.concatenate([share_within(i, p.strongest) for p, i in zip(parts, inside, strict=True)])
+            rows.append(mean_row("coverage", model, level, "prediction strongest 5 %", values))
             rows += [mean_row("coverage", model, level, name, unit[keep]) for name, keep in groups.items() if keep.any()]
     return rows
