@@ -164,16 +164,18 @@ class Judge:
 
     def scores(self, drawn: list[np.ndarray]) -> dict[str, float]:
         """Mean two-sample scores of cells of the strongest, and of their training cells, the replicate."""
-        rows = []
+        generated, replicates = [], []
         for cells, row in zip(drawn, self.strongest, strict=True):
             real = self.held.expression[self.held.perturbation == self.names[row]].toarray().astype(float)
             replicate = self.train.expression[self.train.perturbation == self.names[row]].toarray().astype(float)
             n = min(len(cells), len(replicate), len(real))
             options = {"axes": self.axes, "bandwidth": self.bandwidth, "seed": 1}
-            found = distribution.compare(cells[:n].astype(float), real[:n], **options)
-            other = distribution.compare(replicate[:n], real[:n], **options)
-            rows.append({**found, **{f"{name}_replicate": value for name, value in other.items()}})
-        return {str(name): float(value) for name, value in pd.DataFrame(rows).mean().items()}
+            generated.append(distribution.compare(cells[:n].astype(float), real[:n], **options))
+            replicates.append(distribution.compare(replicate[:n], real[:n], **options))
+        means = pd.concat(
+            [pd.DataFrame(distribution.pooled(rows)).mean().add_suffix(end) for rows, end in ((generated, ""), (replicates, "_replicate"))]
+        )
+        return {str(name): float(value) for name, value in means.items()}
 
     def draw(self, generator: Generator, embedding: np.ndarray, guidance: float) -> tuple[list[np.ndarray], np.ndarray]:
         """Cells of the strongest, and their effects against generated control cells."""

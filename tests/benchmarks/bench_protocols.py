@@ -1,6 +1,6 @@
 """The published design against this project's on held-out targets of one dataset, at a budget that is given in training steps.
 
-Run by hand, after a run of the workflow with the default protocol:
+Run by hand, after a run of the workflow with the default protocol, for a dataset that config.yaml alone describes:
 PYTHONPATH=workflow_scripts python tests/benchmarks/bench_protocols.py results/NAME VAE_STEPS DIFFUSION_STEPS [targets]
 In a copy of the project, `protocol: reference` trains an autoencoder and a diffusion model of so many steps for each of the targets,
 which are every n-th of the first fold in order of name (all other perturbations are trained on), and generates 100 cells of every
@@ -62,8 +62,9 @@ def seconds(tables: Path, targets: int) -> float:
 
 
 def scores(tables: Path, targets: list[str], method: str, debiased: bool) -> pd.DataFrame:
-    """Targets x metrics, on all genes."""
+    """Targets x metrics, on all genes, of the first seed."""
     table = contracts.SCORES.read(tables / "scores.parquet").astype({"method": str, "target": str, "metric": str, "genes": str})
+    table = table[table["seed"] == table["seed"].min()]
     table = table[(table["method"] == method) & (table["debiased"] == debiased) & (table["genes"] == "all") & table["target"].isin(targets)]
     return table.pivot(index="target", columns="metric", values="value").dropna(axis=1, how="all")
 
@@ -74,17 +75,19 @@ def compared(ours: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
     gap = ours[metrics] - theirs[metrics]
     se = gap.std(ddof=1) / gap.count() ** 0.5
     better = gap.mean() * [1 if HIGHER_IS_BETTER[name] else -1 for name in metrics]
-    columns = {"crossfit": ours[metrics].mean(), "reference": theirs[metrics].mean(), "difference": gap.mean(), "se": se}
+    both = [part[metrics].where(gap.notna()).mean() for part in (ours, theirs)]
+    columns = {"crossfit": both[0], "reference": both[1], "difference": gap.mean(), "se": se}
     return pd.DataFrame({**columns, "n": gap.count(), "worse": better < -2 * se})
 
 
 def main(results: str, vae_steps: str, diffusion_steps: str, count: str = "10") -> None:
     base = Path(results)
-    split = Splits.read(next(base.glob("seed*")) / "splits.json")
+    seeds = sorted(base.glob("seed*"))
+    split = Splits.read(seeds[0] / "splits.json")
     folds = list(split.folds)
     first = sorted(split.targets(folds[0]))
     targets = first[:: max(1, len(first) // int(count))][: int(count)]
-    held_out = sum(len(split.targets(fold)) for fold in folds)
+    held_out = len(seeds) * sum(len(split.targets(fold)) for fold in folds)
     with tempfile.TemporaryDirectory() as folder:
         tables = run_reference(Path(folder), base.name, targets, int(vae_steps), int(diffusion_steps))
         print(

@@ -42,7 +42,7 @@ def main(names: list[str]) -> None:
         print(table.round(3).to_string())
         checks = contracts.CALIBRATION.read(folder / "calibration.parquet")
         # `pooled`: the false share of all calls; `per target`: its mean over targets, where a target without calls counts as 0.
-        checks = checks[checks["stratum"].isin(["per target", "pooled", "effect high", "smaller than uniform"])]
+        checks = checks[checks["stratum"].isin(["per target", "pooled", "effect high", "prediction strongest 5 %", "smaller than uniform"])]
         chosen = [
             checks[(checks["check"] == "coverage") & (checks["level"] == 0.95)],
             checks[checks["check"].isin(["fdr", "power"]) & (checks["level"] == 0.1) & checks["method"].isin(["selection", "t"])],

@@ -108,7 +108,9 @@ def test_good_cells_are_like_the_replicate_and_collapsed_ones_like_the_control(f
 
 def test_equally_many_cells_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
-    monkeypatch.setattr(cell_quality.distribution, "compare", lambda x, y, **_: sizes.append((len(x), len(y))) or {})
+    monkeypatch.setattr(
+        cell_quality.distribution, "compare", lambda x, y, **_: sizes.append((len(x), len(y))) or {"below": 0.0, "noisy": 0.0}
+    )
     held = Pool(sparse.csr_matrix(np.ones((30, 3))), np.array(["P"] * 30), np.repeat(["A", "B"], [18, 12]))
     many = Pool(sparse.csr_matrix(np.ones((50, 3))), np.array(["P"] * 50), np.array([""] * 50))
     made = cell_quality.Made("seen", ["P"], many, np.zeros((1, 3)))

@@ -77,18 +77,26 @@ def test_correlations_agree_whatever_the_number_of_cells():
     random = np.random.default_rng(0)
     loadings = random.normal(scale=0.35, size=(2, 6, 60))
 
-    def draw(n, structure=loadings[0], noise=1.0):
-        return random.normal(size=(n, 6)) @ structure + noise * random.normal(size=(n, 60))
+    def draw(n, structure=loadings[0], noise=1.0, sparse=False):
+        cells = random.normal(size=(n, 6)) @ structure
+        return random.poisson(np.exp(cells - 1.5)).astype(float) if sparse else cells + noise * random.normal(size=(n, 60))
+
+    def agreement(pairs):
+        options = {"axes": axes, "bandwidth": 1.0, "seed": 1}
+        return np.mean(
+            [row["correlation_agreement"] for row in distribution.pooled([distribution.compare(*pair, **options) for pair in pairs])]
+        )
 
     axes = distribution.fit_axes(draw(2000), 20)
-    same = [np.mean([distribution.correlation_agreement(draw(n), draw(n), axes) for _ in range(40)]) for n in (30, 60, 300)]
-    assert same == pytest.approx([1.0] * 3, abs=0.05)
+    assert [agreement([(draw(n), draw(n)) for _ in range(40)]) for n in (20, 60, 300)] == pytest.approx([1.0] * 3, abs=0.05)
+    assert agreement([(draw(20, sparse=True), draw(20, sparse=True)) for _ in range(80)]) == pytest.approx(1.0, abs=0.2)
     # Cells of half the noise have correlations that are too large, with less sampling error: they are no better than real cells.
-    sharp = [distribution.correlation_agreement(draw(60, noise=0.5), draw(60), axes) for _ in range(40)]
-    assert np.mean(sharp) < 0.93
-    other = [distribution.correlation_agreement(draw(60, loadings[1]), draw(60), axes) for _ in range(40)]
-    assert abs(np.mean(other)) < 0.1
-    assert np.isnan(distribution.correlation_agreement(np.ones((40, 60)), np.ones((40, 60)), axes))
+    assert agreement([(draw(60, noise=0.5), draw(60)) for _ in range(40)]) < 0.93
+    assert abs(agreement([(draw(60, loadings[1]), draw(60)) for _ in range(40)])) < 0.1
+    flat = distribution.pooled([distribution.compare(np.ones((40, 60)), np.ones((40, 60)), axes=axes, bandwidth=1.0, seed=1)])[0]
+    assert np.isnan(flat["correlation_agreement"]) and set(flat) == set(
+        distribution.pooled([dict.fromkeys([*flat, "below", "noisy"], np.nan)])[0]
+    )
 
 
 def test_gene_correlations_are_those_of_the_leading_genes():

@@ -161,7 +161,7 @@ def test_all_samples_have_as_many_cells_as_were_generated(scored, monkeypatch):
     made, first = anndata.read_h5ad(scored.arguments["generated"]), scored.truth.targets[0]
     own = np.flatnonzero(made.obs["perturbation"] == first)
     sizes = []
-    monkeypatch.setattr(scores.distribution, "compare", lambda x, y, **_: sizes.append((len(x), len(y))) or {})
+    monkeypatch.setattr(scores.distribution, "compare", lambda x, y, **_: sizes.append((len(x), len(y))) or {"below": 0.0, "noisy": 0.0})
     fold = scores.Fold(scored.truth, scored.effects, CONFIG, "0", 1)
     locations = LocationSet.read(scored.arguments["locations"], "all", scored.effects.perturbations)
     for kept, expected in ((11, {(11, 11)}), (0, {(0, 30), (30, 30)})):

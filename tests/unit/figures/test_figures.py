@@ -216,6 +216,18 @@ def test_targets_nobody_measured(count, made, out, caplog, monkeypatch):
     good(out, caplog)
 
 
+def test_long_names_and_reasons_stay_in_their_panels(made, out, caplog, tmp_path):
+    table = pd.read_parquet(made.root / "de.parquet")
+    long = {name: f"HLA-DRB{i}+LONGGENENAME-AS{i}" for i, name in enumerate(made.targets)}
+    table["target"] = table["target"].astype(str).replace(long)
+    silent = table["target"] == long[made.targets[2]]
+    table["call"] = table["call"].astype(str).where(~silent, "no_call")
+    table["reason"] = table["reason"].astype(str).where(~silent, "too_few_measured_combinations")
+    contracts.DE.write(table, tmp_path / "de.parquet")
+    intervals.draw_targets(de=tmp_path / "de.parquet", targets=list(long.values()), method="stacked", level=0.95, most=3, **out)
+    good(out, caplog, width=style.PAGE)
+
+
 def test_no_target_that_nobody_measured_has_an_estimate(made, out, caplog):
     intervals.draw_targets(de=made.root / "de.parquet", targets=made.targets[-1:], method="stacked", level=0.95, **out)
     good(out, caplog, ink=0.001)

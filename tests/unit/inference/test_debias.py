@@ -158,7 +158,9 @@ def test_few_pseudo_targets_do_not_promise_more_than_they_tell():
     tau, inside = np.broadcast_to(np.geomspace(0.1, 10, 200), (4, 200)), []
     for _ in range(150):
         error, new = (random.normal(size=(4, 200)) * np.sqrt(tau) * np.exp(random.normal(scale=0.7, size=(4, 1))) for _ in range(2))
-        stretch, df = debias.fit_tails(error, debias.Estimate(error, tau, 0 * tau, 0 * tau, np.full(4, 30.0), tau), tau, 0 * tau, 0.95)
+        stretch, df = debias.fit_tails(
+            error, debias.Estimate(error, tau, 0 * tau, 0 * tau, np.full(4, 30.0), tau), 0 * tau + 1, 0 * tau, 0.95
+        )
         assert stretch.log_factor[0] == stretch.log_factor[1]
         half = ttest.quantile(0.95, np.array([min(df, 30.0)])) * np.sqrt(tau * stretch.factor(tau, np.ones(200)))
         inside.append((np.abs(new) <= half).mean())

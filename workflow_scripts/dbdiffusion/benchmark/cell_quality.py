@@ -60,7 +60,7 @@ def seen_by(means: Sequence[str | Path], among: set[str]) -> list[list[str]]:
 
 def compared(made: Made, held: Pool, controls: Pool, axes: distribution.Axes, bandwidth: float, seed: int) -> list[tuple]:
     """Rows (role, perturbation, sample, metric, value) of the two-sample scores against half B; equally many cells in all samples."""
-    rows = []
+    found: dict[str, list[dict[str, float]]] = {sample: [] for sample in SAMPLES}
     for name in made.names:
         draws = rng(seed, "benchmark", "cell quality", made.role, name)
         half_a, half_b = (np.flatnonzero((held.perturbation == name) & (held.half == half)) for half in ("A", "B"))
@@ -74,9 +74,13 @@ def compared(made: Made, held: Pool, controls: Pool, axes: distribution.Axes, ba
         )
         for sample, cells in zip(SAMPLES, samples, strict=True):
             one = derive_seed(seed, "cell quality auc", sample, name)
-            scores = distribution.compare(cells, observed, axes=axes, bandwidth=bandwidth, seed=one)
-            rows += [(made.role, name, sample, metric, value) for metric, value in scores.items()]
-    return rows
+            found[sample].append(distribution.compare(cells, observed, axes=axes, bandwidth=bandwidth, seed=one))
+    return [
+        (made.role, name, sample, metric, value)
+        for sample, rows in found.items()
+        for name, scores in zip(made.names, distribution.pooled(rows), strict=True)
+        for metric, value in scores.items()
+    ]
 
 
 def effect_rows(parts: list[Made], moments: Moments, genes: pd.Index) -> list[tuple]:

@@ -18,6 +18,7 @@ MIN_CELLS = 10
 MEDIAN_CELLS = 500
 """Cells for the median heuristic."""
 FOLDS = 5
+ABOVE = "correlation_agreement"
 CORRELATED_GENES = 50
 """Genes whose correlations are compared: those of largest loading in the fixed PCA."""
 MIN_STRUCTURE = 0.05
@@ -113,18 +114,28 @@ def gene_correlations(cells: np.ndarray, axes: Axes) -> np.ndarray:
     return (scaled.T @ scaled)[np.triu_indices(len(genes), 1)]
 
 
-def correlation_agreement(generated: np.ndarray, observed: np.ndarray, axes: Axes) -> float:
-    """Concordance of the correlations of genes of two samples, free of their sampling errors, which at 100 cells are as large as the
-    correlations themselves: their variances over pairs of genes are taken as covariances of the halves of a sample.
+def _correlation_parts(generated: np.ndarray, observed: np.ndarray, axes: Axes, seed: int) -> dict[str, float]:
+    """Of the concordance of the correlations of genes: what stands above the line, below it, and the variances with sampling error.
 
-    1 for samples of one distribution, in expectation (a single value can exceed it). With sampling errors counted, cells that vary along
-    few directions, whose correlations are told without error, would score above real cells. NaN where the halves share no structure.
+    At 100 cells correlations have sampling errors as large as themselves. With these counted, cells that lack noise would score above real
+    cells; so variances over pairs of genes are taken as covariances of the random halves of a sample, which are free of them.
     """
-    x, y = (gene_correlations(sample, axes) for sample in (generated, observed))
-    own = sum(_covariance(*(gene_correlations(sample[part::2], axes) for part in (0, 1))) for sample in (generated, observed))
-    if own <= MIN_STRUCTURE * (x.var() + y.var()):
-        return float("nan")
-    return float(2 * _covariance(x, y) / (own + (x.mean() - y.mean()) ** 2))
+    order = rng(seed, "benchmark", "halves")
+    samples = [sample[order.permutation(len(sample))] for sample in (generated, observed)]
+    x, y = (gene_correlations(sample, axes) for sample in samples)
+    (x1, x2), (y1, y2) = ([gene_correlations(sample[part::2], axes) for part in (0, 1)] for sample in samples)
+    below = _covariance(x1, x2) + _covariance(y1, y2) + (x1.mean() - y1.mean()) * (x2.mean() - y2.mean())
+    return {ABOVE: 2 * _covariance(x, y), "below": float(below), "noisy": float(x.var() + y.var())}
+
+
+def pooled(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """Scores of `compare` of several perturbations, with the agreement of correlations as a share of the perturbations' mean, like the
+    slope: the mean over perturbations is then a ratio of sums, 1 for samples of one distribution whatever the number of cells (a single
+    value can exceed it). NaN where the halves share no structure."""
+    kept = [row for row in rows if np.isfinite(row["below"])]
+    below, noisy = (float(np.mean([row[name] for row in kept])) if kept else 0.0 for name in ("below", "noisy"))
+    scale = below if below > MIN_STRUCTURE * noisy else np.nan
+    return [{k: v / scale if k == ABOVE else v for k, v in row.items() if k not in ("below", "noisy")} for row in rows]
 
 
 def _covariance(a: np.ndarray, b: np.ndarray) -> float:
@@ -148,15 +159,15 @@ def effect_slope(predicted: np.ndarray, *, observed: np.ndarray, replicate: np.n
 
 
 def compare(generated: np.ndarray, observed: np.ndarray, *, axes: Axes, bandwidth: float, seed: int) -> dict[str, float]:
-    """All scores of one sample (n, G) against observed cells (m, G); NaN with fewer than MIN_CELLS cells in either.
+    """All scores of one sample (n, G) against observed cells (m, G), for `pooled`; NaN with fewer than MIN_CELLS cells in either.
 
     mean_agreement, variance_agreement: concordance over genes of the means and of the standard deviations; zero_fraction_agreement: of the
     shares of cells with expression 0 (negative values of a Gaussian decoder count as 0: expression has no other meaning there);
-    correlation_agreement: over pairs of genes of their correlations, without their sampling errors.
+    correlation_agreement, below, noisy: parts of that over pairs of genes of their correlations, which `pooled` makes one of.
     """
     names = (
         *("energy_distance", "mmd", "two_sample_auc"),
-        *("mean_agreement", "variance_agreement", "zero_fraction_agreement", "correlation_agreement"),
+        *("mean_agreement", "variance_agreement", "zero_fraction_agreement", ABOVE, "below", "noisy"),
     )
     if min(len(generated), len(observed)) < MIN_CELLS:
         return dict.fromkeys(names, float("nan"))
@@ -168,6 +179,5 @@ def compare(generated: np.ndarray, observed: np.ndarray, *, axes: Axes, bandwidt
         concordance(generated.mean(axis=0), observed.mean(axis=0)),
         concordance(generated.std(axis=0), observed.std(axis=0)),
         concordance((generated <= 0).mean(axis=0), (observed <= 0).mean(axis=0)),
-        correlation_agreement(generated, observed, axes),
     )
-    return dict(zip(names, values, strict=True))
+    return {**dict(zip(names, values, strict=False)), **_correlation_parts(generated, observed, axes, seed)}

@@ -196,7 +196,8 @@ def score_cells(*, cells: str | Path, splits: Splits, generated: str | Path, loc
         for name, sample in samples.items():
             scores = distribution.compare(sample, observed, axes=axes, bandwidth=bandwidth, seed=derive_seed(seed, "auc", name, target))
             found.setdefault(name, []).append(scores)
-    return {name: {(metric, "all"): np.array([row[metric] for row in rows]) for metric in rows[0]} for name, rows in found.items()}
+    whole = {name: distribution.pooled(rows) for name, rows in found.items()}
+    return {name: {(metric, "all"): np.array([row[metric] for row in rows]) for metric in rows[0]} for name, rows in whole.items()}
 
 
 def _rows(scores: Scores, method: str, debiased: bool, fold: Fold, ceiling: Scores, baseline: Scores) -> list[pd.DataFrame]:

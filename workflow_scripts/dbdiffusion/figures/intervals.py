@@ -156,15 +156,16 @@ def draw_targets(
 ) -> None:
     """The first `most` targets that nobody measured, each with its `genes` genes of largest |predicted change| / error.
 
-    de: contract `de`. Titles give calls, genes, effective number of neighbours and confidence of the location; targets without an estimate
-    are named with the reason. Raises UserError when the method is not in the table.
+    de: contract `de`. Titles give calls, genes, confidence of the location and, but for combinations, its effective number of neighbours;
+    targets without a panel are named or counted. Raises UserError when the method is not in the table.
     """
     found = predicted(de, method, targets)
-    shown = [target for target in targets if target in found and found[target]["lfc"].notna().any()][:most]
+    located = [target for target in targets if target in found and found[target]["lfc"].notna().any()]
+    shown, more = located[:most], len(located[most:])
     lost = [target for target in targets if target in found and found[target]["lfc"].isna().all()]
     rows, columns = style.grid(len(shown), UNMEASURED_COLUMNS)
     width = {1: style.COLUMN, 2: 130.0}.get(columns, style.PAGE)
-    with style.sheet(width, rows * (18 + 3.3 * genes) + 22, png=png, pdf=pdf) as page:
+    with style.sheet(width, rows * (24 + 3.3 * genes) + 22, png=png, pdf=pdf) as page:
         if not shown:
             why = [f"{style.short(target, 24)}: {_abstained(found[target])}" for target in lost[:6]]
             style.empty(page.fig.subplots(), "\n".join(["No target was predicted.", *why]))
@@ -177,15 +178,17 @@ def draw_targets(
             _mark_calls(ax, part)
             first, calls = found[target].iloc[0], found[target]["call"].isin(["up", "down"])
             called += part["call"].isin(["up", "down"]).tolist()
-            title = f"{style.short(target, 24)}: {int(calls.sum()):,}/{len(calls):,} called\n"
-            ax.set_title(title + (_abstained(found[target]) or f"K_eff {first['k_eff']:.1f}, confidence {first['confidence']:.2f}"))
+            # K_eff of a sum of located parts says nothing.
+            near = "" if "+" in target else f", K_eff {first['k_eff']:.1f}"
+            state = _abstained(found[target]).replace(": ", ":\n") or f"confidence {first['confidence']:.2f}{near}"
+            ax.set_title(f"{style.short(target, 24)}\n{int(calls.sum()):,}/{len(calls):,} called\n{state}")
         for ax in axes[len(shown) :]:
             ax.set_visible(False)
         for ax in axes[max(0, len(shown) - columns) : len(shown)]:
             ax.set_xlabel(f"change against control,\n{style.LFC}")
         style.letter_panels(list(axes[: len(shown)]))
         _legend(axes[0], level, False, np.array(called))
-        if lost:
-            page.fig.suptitle(
-                style.as_many_as_fit(page.fig, "no estimate (see the table of calls) of ", lost, width - 6, 6.5), fontsize=6.5
-            )
+        notes = [style.as_many_as_fit(page.fig, "no estimate (see the table of calls) of ", lost, width - 6, 6.5)] if lost else []
+        notes += [f"{style.count(more, 'further target')} in the table of calls"] if more else []
+        if notes:
+            page.fig.suptitle("\n".join(notes), fontsize=6.5)

@@ -50,12 +50,10 @@ def predicted(de: str | Path, method: str, targets: list[str]) -> dict[str, pd.D
         raise UserError(f"no rows of method {method!r}", where=str(de), fix=nearest(method, methods))
     table = table.astype({"fold": str, "target": str, "gene": str, "call": str, "reason": str})
     out = {}
-    for target in targets:
-        rows = table[table["target"] == target].sort_values(["seed", "fold"], kind="stable")
-        if len(rows):
-            first = rows.iloc[0]
-            rows = rows[(rows["seed"] == first["seed"]) & (rows["fold"] == first["fold"])]
-            out[target] = rows.set_index("gene")
+    for target, rows in table[table["target"].isin(targets)].groupby("target"):
+        rows = rows.sort_values(["seed", "fold"], kind="stable")
+        first = rows.iloc[0]
+        out[target] = rows[(rows["seed"] == first["seed"]) & (rows["fold"] == first["fold"])].set_index("gene")
     return out
 
 
