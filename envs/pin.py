@@ -10,8 +10,8 @@ COMMON = ["numpy", "pandas", "pyarrow", "pydantic", "tqdm", "anndata", "scipy"]
 # One environment per stage family: packages the family's scripts import, beyond COMMON.
 ENVIRONMENTS = {
     "data": ["scanpy", "scikit-learn", "igraph", "pynndescent", "requests"],
-    "torch": ["torch", "safetensors"],
-    "torch-cuda": ["torch", "safetensors"],
+    "torch": ["torch", "safetensors", "numba"],
+    "torch-cuda": ["torch", "safetensors", "numba"],
     "inference": ["scikit-learn", "statsmodels", "ppi-python", "joblib"],
     "figures": ["matplotlib", "adjustText", "scanpy", "igraph", "pynndescent", "scikit-learn"],
 }

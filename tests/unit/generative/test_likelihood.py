@@ -9,6 +9,12 @@ from scipy import special, stats
 from dbdiffusion.generative.likelihood import expected_log1p, log_gamma_and_digamma, nb_negative_log_likelihood
 
 
+def split(log_mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """ln rate and ln size, whose sum it is."""
+    size = torch.linspace(-1, 1, len(log_mean), dtype=log_mean.dtype)
+    return log_mean - size[:, None], size
+
+
 def test_log_gamma_and_digamma_against_scipy() -> None:
     x = np.concatenate([np.logspace(-4, 4, 400), np.arange(1, 50)])
     value, slope = log_gamma_and_digamma(torch.tensor(x))
@@ -20,7 +26,7 @@ def test_negative_binomial_against_scipy() -> None:
     random = np.random.default_rng(0)
     counts, mean, r = random.poisson(3, (50, 4)), random.gamma(2, 2, (50, 4)), np.array([0.3, 1.0, 5.0, 200.0])
     expected = -stats.nbinom.logpmf(counts, r, r / (r + mean)).sum(1)
-    got = nb_negative_log_likelihood(torch.tensor(counts, dtype=torch.float64), torch.tensor(np.log(mean)), torch.tensor(np.log(r)))
+    got = nb_negative_log_likelihood(torch.tensor(counts, dtype=torch.float64), *split(torch.tensor(np.log(mean))), torch.tensor(np.log(r)))
     constant = np.vectorize(math.lgamma)(counts + 1.0).sum(1)
     np.testing.assert_allclose(got.numpy() + constant, expected, rtol=1e-6)
 
@@ -36,7 +42,7 @@ def test_gradient_against_torch_lgamma() -> None:
 
     weight = torch.rand(20, generator=stream, dtype=torch.float64)
     log_mean, log_r = inputs()
-    (weight * nb_negative_log_likelihood(counts, log_mean, log_r)).sum().backward()
+    (weight * nb_negative_log_likelihood(counts, *split(log_mean), log_r)).sum().backward()
     slow_mean, slow_r = inputs()
     r = slow_r.exp()
     p = torch.log(slow_mean.exp() + r)
@@ -48,7 +54,7 @@ def test_gradient_against_torch_lgamma() -> None:
 
 def test_finite_at_extremes() -> None:
     log_mean = torch.tensor([[-20.0, 12.0]], requires_grad=True)
-    value = nb_negative_log_likelihood(torch.tensor([[30.0, 0.0]]), log_mean, torch.tensor([8.0, -8.0])).sum()
+    value = nb_negative_log_likelihood(torch.tensor([[30.0, 0.0]]), *split(log_mean), torch.tensor([8.0, -8.0])).sum()
     value.backward()
     assert torch.isfinite(value)
     assert torch.isfinite(log_mean.grad).all()
@@ -69,6 +75,6 @@ def test_gradient_is_stable_where_the_distribution_is_poisson() -> None:
     found = []
     for kind in (torch.float32, torch.float64):
         log_mean = start.detach().clone().to(kind).requires_grad_()
-        nb_negative_log_likelihood(counts.to(kind), log_mean, torch.full((2,), 10.0, dtype=kind)).sum().backward()
+        nb_negative_log_likelihood(counts.to(kind), *split(log_mean), torch.full((2,), 10.0, dtype=kind)).sum().backward()
         found.append(log_mean.grad)
     np.testing.assert_allclose(found[0].numpy(), found[1].numpy(), rtol=1e-4)

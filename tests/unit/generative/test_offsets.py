@@ -17,6 +17,7 @@ def blind(toy, likelihood: str) -> tuple[CellVae, CellTensors, Latents]:
     network = CellVae(len(toy.genes), len(toy.batches), VaeConfig(hidden=[8], latent=3, likelihood=likelihood)).eval()
     network.start_from(toy)
     torch.nn.init.zeros_(network.to_genes.weight)
+    torch.nn.init.zeros_(network.to_genes.of_batch)
     data = CellTensors.make(toy, network.counts, CPU)
     order = {"control": 0, "UP": 1, "DOWN": 2}
     label = torch.tensor([order[p] for p in toy.perturbation])

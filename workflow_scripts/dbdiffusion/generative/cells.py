@@ -33,7 +33,7 @@ class Matrix:
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Rows (b,) as (b, genes)."""
         if self._dense is not None:
-            return self._dense[rows]
+            return self._dense.index_select(0, rows)
         return torch.from_numpy(self._sparse[rows.cpu().numpy()].toarray()).to(self.device)
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dbdiffusion.generative import denoiser_cpu
+from dbdiffusion.generative.kernels import fused
 from dbdiffusion.generative.networks import timestep_embedding
 
 EMBEDDING_WIDTH = 128
@@ -22,7 +24,10 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(after)
 
     def forward(self, x: Tensor, label: Tensor, time: Tensor) -> Tensor:
-        return nn.functional.silu(self.norm(torch.addcmul(time, self.linear(x), label)))
+        x = self.linear(x)
+        if not torch.is_grad_enabled() and time.numel() == x.shape[-1] and fused(x, label, time):
+            return denoiser_cpu.modulated(x, label, time, self.norm)
+        return nn.functional.silu(self.norm(torch.addcmul(time, x, label)))
 
 
 class Denoiser(nn.Module):
@@ -32,9 +37,10 @@ class Denoiser(nn.Module):
     own for the unconditional model, or `zero`, the zero condition (published: then null, control and zero are one).
     """
 
-    def __init__(self, coordinates: int, condition: int, widths: Sequence[int], null_token: str = "learned") -> None:
+    def __init__(self, coordinates: int, condition: int, widths: Sequence[int], null_token: str = "learned", timesteps: int = 1000) -> None:
         super().__init__()
         self.coordinates, self.condition = coordinates, condition
+        self.register_buffer("waves", timestep_embedding(torch.arange(timesteps), EMBEDDING_WIDTH), persistent=False)
         width = EMBEDDING_WIDTH
         self.label = nn.Sequential(nn.Linear(condition, width), nn.SiLU(), nn.Linear(width, width))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
@@ -66,9 +72,11 @@ class Denoiser(nn.Module):
         label: embeddings that broadcast against y, or with `index` (n,) a table (u, width) of which each row takes one:
         a projection per condition is much cheaper than one per cell.
         """
+        if index is not None and fused(y):
+            return self._by_hand(y, t, label, index)
         labels = self.label_out(label)
         labels = (labels if index is None else nn.functional.embedding(index, labels)).split(self.sizes, dim=-1)
-        times = self.time_out(self.time(timestep_embedding(t, EMBEDDING_WIDTH))).split(self.sizes, dim=-1)
+        times = self.time_out(self.time(self.waves[t])).split(self.sizes, dim=-1)
         projections = list(zip(labels, times, strict=True))
         kept = []
         for block, projected in zip(self.down, projections, strict=False):
@@ -77,3 +85,11 @@ class Denoiser(nn.Module):
         for block, skip, projected in zip(self.up, reversed(kept[:-1]), projections[len(kept) :], strict=True):
             y = block(y, *projected) + skip
         return self.out(y).float()
+
+    def _by_hand(self, y: Tensor, t: Tensor, label: Tensor, index: Tensor) -> Tensor:
+        linears = [self.time[0], self.time[2], self.time_out, self.label_out]
+        pairs = [*linears, *(part for block in (*self.down, *self.up) for part in (block.linear, block.norm)), self.out]
+        parameters = [value for part in pairs for value in (part.weight, part.bias)]
+        half = torch.is_autocast_enabled("cpu")
+        rows = (y, self.waves.index_select(0, t), label, index)
+        return denoiser_cpu.Pass.apply(*rows, len(self.down), self.sizes, half, self.down[0].norm.eps, *parameters)

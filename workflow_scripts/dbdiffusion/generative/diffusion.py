@@ -157,7 +157,8 @@ def fit_denoiser(
 ) -> tuple[Denoiser, Fitted]:
     """Train on the latents; the network comes back on the device in evaluation mode with its averaged weights."""
     coordinates, condition = latents.mean.shape[1], latents.conditions.shape[1]
-    network = seeded(lambda: Denoiser(coordinates, condition, config.widths, config.null_token), derive_seed(seed, "diffusion", "weights"))
+    shape = (coordinates, condition, config.widths, config.null_token, config.timesteps)
+    network = seeded(lambda: Denoiser(*shape), derive_seed(seed, "diffusion", "weights"))
     objective = Objective.make(config, device)
     train, held = split_rows(len(latents.mean), config.validation_share, derive_seed(seed, "diffusion"))
     plan = Plan.of(config, "diffusion", seed, train, device, ema=config.ema, validations=40)
@@ -267,7 +268,7 @@ def load_diffusion(weights: str | Path, record: str | Path, device: torch.device
     about, stored = read_json(record), checkpoint.load(weights)[0]
     config = DiffusionConfig.model_validate(about["config"])
     shape = about["architecture"]
-    network = Denoiser(shape["coordinates"], shape["condition"], config.widths, config.null_token)
+    network = Denoiser(shape["coordinates"], shape["condition"], config.widths, config.null_token, config.timesteps)
     try:
         network.load_state_dict(checkpoint.unprefixed("denoiser", stored))
         offsets = MeanOffsets(stored["offsets.intercept"].to(device), stored["offsets.weight"].to(device))

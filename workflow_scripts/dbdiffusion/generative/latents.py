@@ -26,7 +26,7 @@ class Latents:
 
     def draw(self, rows: Tensor, noise: Tensor) -> Tensor:
         """Draws from the cells' posteriors, given standard normal noise."""
-        return torch.addcmul(self.mean[rows], self.deviation[rows], noise)
+        return torch.addcmul(self.mean.index_select(0, rows), self.deviation.index_select(0, rows), noise)
 
 
 def latents_of(network: CellVae, data: CellTensors, label: np.ndarray, conditions: np.ndarray, standardise: bool) -> Latents:

@@ -2,7 +2,7 @@
 
 By torch's own functions the likelihood would cost more than the network. ln Gamma and its derivative come from Stirling's series at x + 3,
 brought back by ln x(x + 1)(x + 2): errors below 1e-6 for x > 0. Both need the same logarithm and reciprocal, so value and gradient are made
-in one pass.
+in one pass; on a CPU in single precision that is one loop (`kernels`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import torch
 from scipy.stats import poisson
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+
+from dbdiffusion.generative import kernels
+from dbdiffusion.generative.kernels import array, fused
 
 LARGEST_LOG_R = 10.0
 """ln r of a distribution that is Poisson for all purposes; beyond, single precision would lose the difference."""
@@ -47,9 +50,15 @@ class _NegativeBinomial(torch.autograd.Function):
     """With u = mean / r: -ln NB = ln Gamma(r) - ln Gamma(c + r) + (c + r) ln(1 + u) - c ln u, summed over genes."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, counts: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, counts: Tensor, log_rate: Tensor, log_size: Tensor, log_r: Tensor) -> Tensor:
+        if fused(counts, log_rate, log_size, log_r):
+            known, made = (counts, log_rate, log_size, log_r), (log_size, log_rate, log_rate)
+            value, by_mean, by_r = made = tuple(map(torch.empty_like, made))
+            kernels.negative_binomial(*(array(x.contiguous()) for x in known), np.float32(LARGEST_GAP), *map(array, made))
+            ctx.save_for_backward(by_mean, by_r)
+            return value
         r, wanted = torch.exp(log_r), any(ctx.needs_input_grad)
-        total, gap = counts + r, (log_mean - log_r).clamp_(max=LARGEST_GAP)
+        total, gap = counts + r, (log_rate + (log_size[:, None] - log_r)).clamp_(max=LARGEST_GAP)
         u = torch.exp(gap)
         excess = torch.log1p(u)
         at_total, slope = log_gamma_and_digamma(total, wanted)
@@ -63,17 +72,22 @@ class _NegativeBinomial(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[None, Tensor, Tensor]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None, Tensor]:
         by_mean, by_r = ctx.saved_tensors
-        return None, by_mean * grad[:, None], grad @ by_r
+        if fused(by_mean, by_r, grad):
+            grad_mean, grad_r = torch.empty_like(by_mean), by_r.new_empty(by_r.shape[1])
+            kernels.weighted(*map(array, (by_mean, by_r, grad.contiguous(), grad_mean, grad_r)))
+            return None, grad_mean, None, grad_r
+        return None, by_mean * grad[:, None], None, grad @ by_r
 
 
-def nb_negative_log_likelihood(counts: Tensor, log_mean: Tensor, log_r: Tensor) -> Tensor:
+def nb_negative_log_likelihood(counts: Tensor, log_rate: Tensor, log_size: Tensor, log_r: Tensor) -> Tensor:
     """-ln NB(counts; mean, inverse dispersion r) of each cell, summed over genes, without ln(counts!) which no parameter changes.
 
-    counts, log_mean: (n, G); log_r: (G,), at most LARGEST_LOG_R; variance mean + mean^2 / r. Returns (n,).
+    counts, log_rate: (n, G); log_size: (n,), of the cells, without gradient: ln mean is log_rate + log_size; log_r: (G,), at most
+    LARGEST_LOG_R; variance mean + mean^2 / r. Returns (n,).
     """
-    return _NegativeBinomial.apply(counts, log_mean, log_r)
+    return _NegativeBinomial.apply(counts, log_rate, log_size, log_r)
 
 
 def expected_log1p(rate: Tensor, scale: Tensor) -> Tensor:

@@ -27,12 +27,37 @@ def normalisation(kind: str, width: int) -> nn.Module:
     return nn.BatchNorm1d(width) if kind == "batch" else nn.Identity()
 
 
-def trunk(widths: Sequence[int], *, norm: str, activation: str) -> nn.Sequential:
-    """Hidden layers Linear, normalisation, activation from widths[0] to widths[-1]."""
+class BatchLinear(nn.Linear):
+    """Linear, and an intercept of its own for each batch: what one-hot columns of the batch would add to the input, without widening it."""
+
+    def __init__(self, before: int, after: int, batches: int = 0) -> None:
+        super().__init__(before, after)
+        self.of_batch = nn.Parameter(torch.empty(batches, after).uniform_(-1, 1) / math.sqrt(before)) if batches else None
+
+    def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+        if self.of_batch is None:
+            return super().forward(x)
+        return torch.addmm(nn.functional.embedding(batch, self.of_batch + self.bias), x, self.weight.t())
+
+
+class Trunk(nn.ModuleList):
+    """Hidden layers one after another, the first of which knows the batch."""
+
+    def forward(self, x: Tensor, batch: Tensor) -> Tensor:
+        first, *others = self
+        x = first(x, batch)
+        for layer in others:
+            x = layer(x)
+        return x
+
+
+def trunk(widths: Sequence[int], *, norm: str, activation: str, batches: int = 0) -> Trunk:
+    """Hidden layers Linear, normalisation, activation from widths[0] to widths[-1]; batches: known to the first layer."""
     layers: list[nn.Module] = []
     for before, after in zip(widths[:-1], widths[1:], strict=True):
-        layers += [nn.Linear(before, after), normalisation(norm, after), ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers)
+        linear = nn.Linear(before, after) if layers else BatchLinear(before, after, batches)
+        layers += [linear, normalisation(norm, after), ACTIVATIONS[activation]()]
+    return Trunk(layers)
 
 
 def timestep_embedding(t: Tensor, width: int, period: float = 10000.0) -> Tensor:

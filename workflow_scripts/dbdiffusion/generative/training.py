@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative import checkpoint
+from dbdiffusion.generative.optimiser import AdamW
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.progress import Progress
 from dbdiffusion.runtime.provenance import versions
@@ -33,6 +34,9 @@ EMA_EVERY = 5
 """Steps between updates of the averaged weights: an update each step costs as much as a third of the optimiser's."""
 CLIP = 1.0
 """Largest norm of the gradient."""
+
+CPU_BF16 = ("avx512_bf16", "amx_bf16")
+"""Instructions that multiply bfloat16 on a CPU; without them it is slower than single precision."""
 
 Loss = Callable[[nn.Module, Tensor, torch.Generator, float], Tensor]
 """(network, rows (b,), random stream, share of the training done) -> mean loss of the batch."""
@@ -89,13 +93,14 @@ class Plan:
 
 @dataclass
 class Fitted:
-    """weights: the state to keep (CPU); history: one row per validated epoch (epoch, step, train, validation loss)."""
+    """weights: the state to keep (CPU); history: one row per validated epoch (epoch, step, train, validation loss); precision: of products."""
 
     weights: dict[str, Tensor]
     history: list[dict[str, float]]
     seconds: float
     steps: int
     best_epoch: int
+    precision: str
 
     @property
     def steps_per_second(self) -> float:
@@ -116,10 +121,11 @@ class _State:
 
 
 def autocast_type(precision: str, device: torch.device) -> torch.dtype | None:
-    """bfloat16 where asked for, or with `auto` on GPUs that have it; None is float32."""
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported()):
-        return torch.bfloat16
-    return None
+    """bfloat16 where asked for, or with `auto` on GPUs and CPUs that multiply it; None is float32."""
+    if precision == "auto":
+        able = torch.cuda.is_bf16_supported() if device.type == "cuda" else any(torch.cpu.get_capabilities().get(name) for name in CPU_BF16)
+        precision = "bf16" if able else "fp32"
+    return torch.bfloat16 if precision == "bf16" else None
 
 
 def learning_rate(step: int, total: int, peak: float, warm_up: int = 50) -> float:
@@ -146,38 +152,14 @@ def deterministic() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
-class Flat:
-    """Parameters laid out in one tensor, of which they become views, with one tensor of gradients: the optimiser, clipping and averaging
-    then take one operation each instead of one per parameter, which small networks would spend as much time on as on their products."""
-
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters = parameters
-        self.values = torch.cat([p.detach().reshape(-1) for p in parameters])
-        self.values.grad = torch.zeros_like(self.values)
-        for p, part in zip(parameters, self.values.split([p.numel() for p in parameters]), strict=True):
-            p.data = part.view_as(p)
-
-    def collect(self, gradients: Sequence[Tensor]) -> None:
-        """Take the gradients of the parameters, in their order."""
-        torch.cat([g.reshape(-1) for g in gradients], out=self.values.grad)
-
-
 class Trainer:
     """One run of training with checkpoints; use `fit`."""
 
     def __init__(self, network: nn.Module, plan: Plan, device: torch.device, path: Path | None) -> None:
         self.network, self.plan, self.device, self.path = network.to(device), plan, device, path
-        parameters = [p for p in network.parameters() if p.requires_grad]
-        # Only matrices decay: pulling intercepts and variances to 0 would bias what they estimate.
-        groups = [([p for p in parameters if p.ndim > 1], plan.weight_decay), ([p for p in parameters if p.ndim <= 1], 0.0)]
-        flat = [(Flat(some), decay) for some, decay in groups if some]
-        self.flat = [one for one, _ in flat]
-        self.values = [one.values for one in self.flat]
-        self.parameters = [p for one in self.flat for p in one.parameters]
-        self.optimiser = torch.optim.AdamW(
-            [{"params": [one.values], "weight_decay": decay} for one, decay in flat], lr=plan.learning_rate, fused=True
-        )
-        self.averaged = [value.clone() for value in self.values] if plan.ema else []
+        self.optimiser = AdamW([p for p in network.parameters() if p.requires_grad], plan.weight_decay, CLIP)
+        self.values = self.optimiser.values
+        self.averaged = self.values.clone() if plan.ema else None
         self.running = torch.zeros((), device=device)
         self.best: dict[str, Tensor] = {}
         self.state = _State()
@@ -196,37 +178,28 @@ class Trainer:
         """One step of gradient descent."""
         plan, step = self.plan, self.state.step
         self.noise.manual_seed(derive_seed(plan.seed, plan.what, "noise", step))
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(step, plan.total_steps, plan.learning_rate)
         with torch.autocast(self.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
             value = loss(self.network, self.rows(step), self.noise, step / plan.total_steps)
-        gradients = torch.autograd.grad(value, self.parameters)
-        for one in self.flat:
-            one.collect(gradients[: len(one.parameters)])
-            gradients = gradients[len(one.parameters) :]
-        nn.utils.clip_grad_norm_(self.values, CLIP)
-        self.optimiser.step()
+        gradients = torch.autograd.grad(value, self.optimiser.parameters)
+        self.optimiser.step(gradients, learning_rate(step, plan.total_steps, plan.learning_rate))
         self.running += value.detach()
         self.state.step = step + 1
-        if self.averaged and self.state.step % EMA_EVERY == 0:
+        if self.averaged is not None and self.state.step % EMA_EVERY == 0:
             updates = self.state.step // EMA_EVERY
-            decay = min(plan.ema**EMA_EVERY, updates / (updates + 10))
-            for average, now in zip(self.averaged, self.values, strict=True):
-                average.lerp_(now, 1 - decay)
+            self.averaged.lerp_(self.values, 1 - min(plan.ema**EMA_EVERY, updates / (updates + 10)))
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[nn.Module]:
         """The network in evaluation mode, with the averaged weights in place where there are any."""
-        current = [value.clone() for value in self.values] if self.averaged else []
-        for value, average in zip(self.values, self.averaged, strict=False):
-            value.copy_(average)
+        current = self.values.clone()
+        if self.averaged is not None:
+            self.values.copy_(self.averaged)
         self.network.eval()
         try:
             with torch.no_grad():
                 yield self.network
         finally:
-            for value, before in zip(self.values, current, strict=False):
-                value.copy_(before)
+            self.values.copy_(current)
             self.network.train()
 
     def close_epoch(self, validate: Callable[[nn.Module], float] | None) -> None:
@@ -262,12 +235,11 @@ class Trainer:
 
     def save(self) -> None:
         """Write the training state."""
-        moments = self.optimiser.state_dict()["state"]
         tensors = {
             **checkpoint.prefixed("network", self.network.state_dict()),
             **checkpoint.prefixed("best", self.best),
-            **{f"averaged.{i}": value for i, value in enumerate(self.averaged)},
-            **{f"optimiser.{i}.{name}": value for i, entry in moments.items() for name, value in entry.items()},
+            **({} if self.averaged is None else {"averaged": self.averaged}),
+            **checkpoint.prefixed("optimiser", self.optimiser.state()),
             "running": self.running,
         }
         checkpoint.save(self.path, tensors, vars(self.state))
@@ -278,19 +250,13 @@ class Trainer:
         if stored is None:
             return False
         tensors, state = stored
-        moments: dict[int, dict[str, Any]] = {}
-        for name, value in checkpoint.unprefixed("optimiser", tensors).items():
-            index, _, entry = name.partition(".")
-            moments.setdefault(int(index), {})[entry] = value
-        # The optimiser itself does not look: moments of another layout would crash it.
-        if [m["exp_avg"].shape for _, m in sorted(moments.items())] != [value.shape for value in self.values]:
+        if not self.optimiser.load(checkpoint.unprefixed("optimiser", tensors)):
             logger.warning("starting from the beginning: %s is a training state of another version", self.path)
             return False
         self.network.load_state_dict(checkpoint.unprefixed("network", tensors))
         self.best = {k: v.to(self.device) for k, v in checkpoint.unprefixed("best", tensors).items()}
-        for i, value in enumerate(self.averaged):
-            checkpoint.same_dtype_copy(value, tensors[f"averaged.{i}"])
-        self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": moments})
+        if self.averaged is not None:
+            checkpoint.same_dtype_copy(self.averaged, tensors["averaged"])
         checkpoint.same_dtype_copy(self.running, tensors["running"])
         self.state = _State(**state)
         logger.info("%s resumes at step %d of %d", self.plan.what, self.state.step, self.plan.total_steps)
@@ -331,7 +297,8 @@ def fit(
                 if on_step is not None:
                     on_step(state.step)
         weights = {name: value.cpu().contiguous() for name, value in trainer.best.items()}
-        return Fitted(weights, state.history, state.seconds, state.step, state.best_epoch)
+        precision = "fp32" if plan.autocast is None else "bf16"
+        return Fitted(weights, state.history, state.seconds, state.step, state.best_epoch, precision)
 
 
 def split_rows(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -348,6 +315,7 @@ def training_record(fitted: Fitted, device: torch.device, network: nn.Module) ->
         "history": fitted.history,
         "best_epoch": fitted.best_epoch,
         "steps": fitted.steps,
+        "precision": fitted.precision,
         "seconds": round(fitted.seconds, 3),
         "steps_per_second": round(fitted.steps_per_second, 3),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

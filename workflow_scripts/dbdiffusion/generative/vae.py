@@ -27,7 +27,7 @@ from dbdiffusion.data.sets import EffectSet
 from dbdiffusion.generative import checkpoint
 from dbdiffusion.generative.cells import TARGET_SUM, Cells, Matrix, load_cells
 from dbdiffusion.generative.likelihood import LARGEST_LOG_R, expected_log1p, nb_negative_log_likelihood
-from dbdiffusion.generative.networks import seeded, trunk
+from dbdiffusion.generative.networks import BatchLinear, seeded, trunk
 from dbdiffusion.generative.training import Fitted, Plan, fit, split_rows, training_record
 from dbdiffusion.runtime.device import resolve_device
 from dbdiffusion.runtime.errors import UserError
@@ -52,10 +52,10 @@ class CellVae(nn.Module):
         self.covariates = batches if batches > 1 else 0
         self.variational = config.kind == "vae"
         style = {"norm": config.norm, "activation": config.activation}
-        self.encoder = trunk([genes + self.covariates, *config.hidden], **style)
+        self.encoder = trunk([genes, *config.hidden], **style, batches=self.covariates)
         self.to_latent = nn.Linear(config.hidden[-1], self.latent * (2 if self.variational else 1))
-        self.decoder = trunk([self.latent + self.covariates, *reversed(config.hidden)], **style)
-        self.to_genes = nn.Linear(config.hidden[0] + self.covariates, genes)
+        self.decoder = trunk([self.latent, *reversed(config.hidden)], **style, batches=self.covariates)
+        self.to_genes = BatchLinear(config.hidden[0], genes, self.covariates)
         # gaussian: ln v_j; nb: ln r_j; unused by the autoencoder.
         self.spread = nn.Parameter(torch.zeros(genes), requires_grad=self.variational)
         self.register_buffer("input_mean", torch.zeros(genes))
@@ -106,16 +106,11 @@ class CellVae(nn.Module):
         self.latent_mean.zero_()
         self.latent_sd.fill_(1.0)
 
-    def _with_batch(self, values: Tensor, batch: Tensor) -> Tensor:
-        if not self.covariates:
-            return values
-        return torch.cat([values, F.one_hot(batch, self.covariates).to(values.dtype)], dim=1)
-
     def encode(self, expression: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """ln(1 + CP10k) (n, G) to the latent's mean and log variance, each (n, latent); the autoencoder's log variance is -inf."""
         inverse = self.input_sd.reciprocal()
         scaled = torch.addcmul(-self.input_mean * inverse, expression, inverse)
-        out = self.to_latent(self.encoder(self._with_batch(scaled, batch))).float()
+        out = self.to_latent(self.encoder(scaled, batch)).float()
         if self.variational:
             mean, log_variance = out.chunk(2, dim=1)
             return mean, log_variance.clamp(-12.0, 6.0)
@@ -124,8 +119,7 @@ class CellVae(nn.Module):
 
     def decode(self, latent: Tensor, batch: Tensor) -> Tensor:
         """Latent (n, latent) to mean ln(1 + CP10k) (gaussian, autoencoder) or to ln of the rate per 10,000 counts (nb), (n, G)."""
-        hidden = self.decoder(self._with_batch(latent, batch))
-        out = self.to_genes(self._with_batch(hidden, batch)).float()
+        out = self.to_genes(self.decoder(latent, batch), batch).float()
         # In training the likelihood itself stays finite.
         return out.clamp(*LOG_RATE_LIMIT) if self.counts and not self.training else out
 
@@ -138,8 +132,7 @@ class CellVae(nn.Module):
             return (decoded - observed).square().sum(1)
         if not self.counts:
             return 0.5 * ((decoded - observed).square() * torch.exp(-self.spread) + self.spread).sum(1)
-        log_mean = decoded + (log_library - math.log(TARGET_SUM))[:, None]
-        return nb_negative_log_likelihood(observed, log_mean, self.log_r)
+        return nb_negative_log_likelihood(observed, decoded, log_library - math.log(TARGET_SUM), self.log_r)
 
     def standardised(self, latent: Tensor, log_library: Tensor, batch: Tensor) -> Tensor:
         """Latent (n, latent) in units of its training standard deviation, with the library coordinate for counts: (n, coordinates)."""

@@ -1,0 +1,191 @@
+"""The loops for CPUs against torch, in double precision or by autograd."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+from scipy import special
+from torch import nn
+
+from dbdiffusion.config.generator import VaeConfig
+from dbdiffusion.generative import denoiser, denoiser_cpu, kernels, likelihood, optimiser, training
+from dbdiffusion.generative.denoiser import Denoiser
+from dbdiffusion.generative.kernels import array
+from dbdiffusion.generative.likelihood import nb_negative_log_likelihood
+from dbdiffusion.generative.optimiser import AdamW
+
+
+def over(function):
+    """An inlined scalar function over an array."""
+
+    @njit(error_model="numpy", fastmath={"contract"})
+    def loop(x, out):
+        for i in range(x.size):
+            out[i] = function(x[i])
+
+    def apply(x: np.ndarray) -> np.ndarray:
+        out = np.empty_like(x)
+        loop(x, out)
+        return out.astype(float)
+
+    return apply
+
+
+@njit
+def ln_gamma(x):
+    return kernels.log_gamma_and_digamma(x)[0]
+
+
+@njit
+def digamma(x):
+    return kernels.log_gamma_and_digamma(x)[1]
+
+
+@pytest.mark.parametrize(
+    ("function", "slow", "x"),
+    [
+        (kernels.exp, np.exp, np.linspace(-87, 88, 20_000)),
+        (kernels.log, np.log, np.geomspace(1e-37, 1e37, 20_000)),
+        (kernels.log1p, np.log1p, np.geomspace(1e-12, 1e12, 20_000)),
+        (ln_gamma, special.gammaln, np.geomspace(1e-3, 1e4, 2_000)),
+        (digamma, special.digamma, np.geomspace(1e-3, 1e4, 2_000)),
+    ],
+)
+def test_functions_to_single_precision(function, slow, x: np.ndarray) -> None:
+    x = x.astype(np.float32)
+    np.testing.assert_allclose(over(function)(x), slow(x.astype(float)), rtol=1e-6, atol=3e-6)
+
+
+def test_exponential_and_logarithms_at_their_edges() -> None:
+    edges = np.array([-1e30, -200.0, 0.0, 200.0, 1e30], dtype=np.float32)
+    found = over(kernels.exp)(edges)
+    assert found[0] == found[1] < 1e-37
+    assert found[2] == 1
+    assert 1e38 < found[3] == found[4] < np.inf
+    assert over(kernels.log1p)(np.zeros(1, dtype=np.float32))[0] == 0
+
+
+def test_sum_of_squares_of_many() -> None:
+    x = np.random.default_rng(0).normal(size=300_001).astype(np.float32)
+    assert kernels.sum_of_squares(x) == pytest.approx(float((x.astype(float) ** 2).sum()), rel=1e-6)
+
+
+@pytest.mark.parametrize("log_r", [-3.0, 1.0, likelihood.LARGEST_LOG_R])
+def test_negative_binomial_against_torch(monkeypatch, log_r: float) -> None:
+    stream = torch.Generator().manual_seed(0)
+    counts = torch.poisson(5 * torch.rand(30, 37, generator=stream), generator=stream)
+    start, size = torch.randn(30, 37, generator=stream), torch.randn(30, generator=stream)
+    weight = torch.rand(30, generator=stream)
+
+    def run(kind: torch.dtype, loop: bool) -> list[torch.Tensor]:
+        monkeypatch.setattr(likelihood, "fused", lambda *tensors: loop)
+        rate = start.to(kind).requires_grad_()
+        r = torch.linspace(log_r - 1, log_r, 37).to(kind).requires_grad_()
+        value = nb_negative_log_likelihood(counts.to(kind), rate, size.to(kind), r)
+        return [part.detach().double() for part in (value, *torch.autograd.grad((weight.to(kind) * value).sum(), (rate, r)))]
+
+    # Of large r single precision tells little: ln Gamma of it is a large number, and nothing depends on it.
+    for fast, slow, exact in zip(run(torch.float32, True), run(torch.float32, False), run(torch.float64, False), strict=True):
+        assert (fast - exact).norm() <= 2 * (slow - exact).norm() + 1e-5 * exact.norm()
+        assert not torch.equal(fast, slow)
+    monkeypatch.undo()
+    assert likelihood.fused(counts, start, size)
+
+
+@pytest.mark.parametrize("widths", [[16], [24, 16], [40, 32, 16, 8]])
+@pytest.mark.parametrize("null_token", ["learned", "zero"])
+def test_denoiser_by_hand_against_autograd(monkeypatch, widths: list[int], null_token: str) -> None:
+    stream = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    network = Denoiser(7, 5, widths, null_token)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=stream)
+    y, target = torch.randn(60, 7, generator=stream), torch.randn(60, 7, generator=stream)
+    t, index = torch.randint(0, 1000, (60,), generator=stream), torch.randint(0, 5, (60,), generator=stream)
+    conditions = torch.randn(4, 5, generator=stream)
+    called = []
+    monkeypatch.setattr(denoiser_cpu, "_block", lambda *a, block=denoiser_cpu._block: called.append(1) or block(*a))
+
+    def run(by_hand: bool, half: bool = False) -> list[torch.Tensor]:
+        monkeypatch.setattr(denoiser, "fused", lambda *tensors: by_hand)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            predicted = network(y, t, torch.cat([network.embed(conditions), network.null_label()]), index)
+        return [predicted, *torch.autograd.grad((predicted - target).square().mean(), list(network.parameters()))]
+
+    plain = run(False)
+    assert not called
+    for slow, fast in zip(plain, run(True), strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
+    assert len(called) == 2 * len(widths) - 1
+    # As near to single precision as autocast is.
+    single, slow, fast = (torch.cat([part.reshape(-1) for part in parts]) for parts in (plain, run(False, True), run(True, True)))
+    assert fast.dtype == torch.float32
+    assert 0 < (fast - single).norm() <= 1.2 * (slow - single).norm()
+
+
+def test_sampling_by_hand_against_torch(monkeypatch) -> None:
+    torch.manual_seed(0)
+    network = Denoiser(7, 5, [24, 16]).eval()
+    nn.init.normal_(network.out.weight)
+    y, label = torch.randn(3, 20, 7), network.embed(torch.randn(3, 5))[:, None]
+    found = []
+    with torch.no_grad():
+        for by_hand in (False, True):
+            monkeypatch.setattr(denoiser, "fused", lambda *tensors, by_hand=by_hand: by_hand)
+            found.append(network(y, torch.tensor([300]), label))
+    assert not torch.equal(*found)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", [1e-2, 1e6])
+@pytest.mark.parametrize("loop", [True, False])
+def test_adamw_against_torch(monkeypatch, clip: float, loop: bool) -> None:
+    monkeypatch.setattr(optimiser, "fused", lambda *tensors: loop)
+
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4))
+
+    ours, theirs = network(), network()
+    fast = AdamW(list(ours.parameters()), 0.1, clip)
+    matrices, vectors = ([p for p in theirs.parameters() if (p.ndim > 1) is wide] for wide in (True, False))
+    slow = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}])
+    x = torch.randn(30, 6)
+    for step in range(30):
+        rate = 0.01 * (step + 1) / 30
+        fast.step(torch.autograd.grad(ours(x).square().mean(), fast.parameters), rate)
+        for group in slow.param_groups:
+            group["lr"] = rate
+        slow.zero_grad()
+        theirs(x).square().mean().backward()
+        nn.utils.clip_grad_norm_(theirs.parameters(), clip)
+        slow.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_state_of_the_optimiser_is_taken_whole_or_not_at_all() -> None:
+    one, other = (AdamW(list(nn.Linear(3, n).parameters()), 0.0, 1.0) for n in (2, 4))
+    one.step([torch.ones(2, 3), torch.ones(2)], 0.1)
+    assert not other.load(one.state())
+    assert other.steps == 0
+    again = AdamW(list(nn.Linear(3, 2).parameters()), 0.0, 1.0)
+    assert again.load(one.state())
+    assert again.steps == 1
+    assert torch.equal(again.first, one.first)
+
+
+@pytest.mark.parametrize(("flags", "expected"), [({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16), ({}, None)])
+def test_half_precision_where_the_cpu_multiplies_it(monkeypatch, flags: dict[str, bool], expected) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    assert training.autocast_type(VaeConfig().precision, torch.device("cpu")) is expected
+    assert training.autocast_type("fp32", torch.device("cpu")) is None
+    assert training.autocast_type("bf16", torch.device("cpu")) is torch.bfloat16
+
+
+def test_arrays_share_the_memory_of_their_tensors() -> None:
+    tensor = torch.zeros(3, requires_grad=True)
+    array(tensor)[0] = 1
+    assert tensor.tolist() == [1, 0, 0]
