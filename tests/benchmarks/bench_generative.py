@@ -8,6 +8,8 @@ steps). Its quality is measured at equal budget: trained for as long as the defa
 perturbations seen in training, against cells held out of training (three of four cells), equally many of all samples; guidance as tuned.
 Seconds per target of this project are those of a fold: training, trials of guidance and sampling of all its models. Targets and
 pseudo-targets are taken as guided, which they are where guidance is found to help: each cell is two passes of the network a step then.
+Shares of the matrix-multiply rate: operations of a training step over its time, against the rate of products of the batch and the widest
+layer, measured in turns with the steps; in single precision, and in the precision that the steps' products have.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from dbdiffusion.generative.diffusion import Conditions, Objective, diffusion_lo
 from dbdiffusion.generative.generate import SEEN, Generator
 from dbdiffusion.generative.latents import latents_of
 from dbdiffusion.generative.offsets import MeanOffsets, fit_offsets
+from dbdiffusion.generative.training import Plan, Trainer, deterministic
 from dbdiffusion.generative.tuning import CELLS, STRENGTHS, best_strength, trial_errors
 from dbdiffusion.generative.vae import CellTensors, fit_vae, vae_loss
 from dbdiffusion.runtime.files import write_json
@@ -49,6 +52,8 @@ MODELS, TARGETS, PSEUDO_TARGETS = 3, 20, 40
 """Cross-fit models, targets and pseudo-targets (of all models together) of an outer fold: 60 perturbations in the default 3 folds."""
 REFERENCE_STEPS = {"vae": 200_000, "diffusion": 800_000}
 REFERENCE_CELLS = 6 * 30_000
+ROUNDS = 7
+"""Of measuring training steps and products in turns."""
 STEPS, SAMPLE_SEEDS = (25, 50, 100, 1000), (1, 2, 3)
 SIZES = {
     "cells": [{"cells_per_perturbation": n, "cells_per_control_guide": n} for n in (140, 280, 560, 1120)],
@@ -70,16 +75,24 @@ REFERENCE = (
 
 
 @dataclass
+class Rate:
+    """Training steps a second, their share of the matrix-multiply rate in single precision and in their own, and which that is."""
+
+    steps_per_second: float
+    share: float
+    own_share: float
+    precision: str
+
+
+@dataclass
 class Result:
-    """Seconds of training, training rate of the diffusion model, its share of the matmul rate, cells sampled a second (as the protocol
-    guides, and without guidance) and quality."""
+    """Seconds of training, training rates of both models, cells sampled a second (as the protocol guides, and without guidance) and
+    quality."""
 
     vae_seconds: float
     diffusion_seconds: float
-    vae_steps_per_second: float
-    steps_per_second: float
-    matmul_share: float
-    vae_matmul_share: float
+    vae: Rate
+    diffusion: Rate
     cells_per_second: float
     unguided_cells_per_second: float
     quality: dict[str, float]
@@ -106,15 +119,33 @@ def means(cells: Cells, names: list[str]) -> np.ndarray:
     return np.array([np.asarray(cells.expression[cells.perturbation == name].mean(axis=0)).ravel() for name in names])
 
 
-def matmul_rate(batch: int, width: int) -> float:
+def matmul_rate(batch: int, width: int, kind: torch.dtype = torch.float32) -> float:
     """Floating-point operations a second of (batch, width) x (width, width)."""
-    a, b = torch.randn(batch, width), torch.randn(width, width)
+    a, b = torch.randn(batch, width).to(kind), torch.randn(width, width).to(kind)
     for _ in range(20):
         a @ b
-    began, n = time.perf_counter(), 300
+    began, n = time.perf_counter(), 100
     for _ in range(n):
         a @ b
     return 2 * batch * width**2 * n / (time.perf_counter() - began)
+
+
+def training_rate(network: torch.nn.Module, loss, config: VaeConfig | DiffusionConfig, width: int, cells: int) -> Rate:
+    """Steps of a training on `cells` cells, validation apart, and products in turns: medians over ROUNDS rounds."""
+    more = {"ema": config.ema} if isinstance(config, DiffusionConfig) else {}
+    plan = Plan.of(config, "bench", 1, np.arange(cells), CPU, **more)
+    trainer, network = Trainer(network, plan, CPU, None), network.train()
+    flops, found = step_flops(loss, network, plan.batch), []
+    with deterministic():
+        for turn in range(ROUNDS + 1):
+            began, n = time.perf_counter(), 40
+            for _ in range(n):
+                trainer.advance(loss)
+            steps = n / (time.perf_counter() - began)
+            rates = [matmul_rate(plan.batch, width, kind) for kind in (torch.float32, plan.autocast or torch.float32)]
+            if turn:  # The first one warms up.
+                found.append((steps, *(flops * steps / rate for rate in rates)))
+    return Rate(*np.median(found, axis=0).tolist(), "fp32" if plan.autocast is None else "bf16")
 
 
 def peak_memory() -> float:
@@ -230,21 +261,15 @@ def run(vae: VaeConfig, diffusion: DiffusionConfig, generation: GenerationConfig
         sampling_rate(few, embedding[:8], strength) * 50 / generation.steps
         for strength in (STRENGTHS[-1] if generation.guidance == "tuned" else generation.guidance, 0.0)
     )
-    flops = step_flops(diffusion_loss(latents, objective, diffusion.label_dropout), denoiser, diffusion.batch_size)
-    vae_flops = step_flops(vae_loss(data, vae), network, vae.batch_size)
     judge = Judge(names, train, held) if held is not None else None
-    return Result(
-        first.seconds,
-        second.seconds,
-        first.steps_per_second,
-        second.steps_per_second,
-        flops * second.steps_per_second / matmul_rate(diffusion.batch_size, diffusion.widths[0]),
-        vae_flops * first.steps_per_second / matmul_rate(vae.batch_size, vae.hidden[0]),
-        guided,
-        unguided,
-        judge.quality(generator, embedding, generation.guidance) if judge else {},
-        judge.by_steps(generator, diffusion, embedding) if judge and steps else {},
+    quality = judge.quality(generator, embedding, generation.guidance) if judge else {}
+    by_steps = judge.by_steps(generator, diffusion, embedding) if judge and steps else {}
+    # Last, for it trains on.
+    rates = (
+        training_rate(network, vae_loss(data, vae), vae, vae.hidden[0], len(train)),
+        training_rate(denoiser, diffusion_loss(latents, objective, diffusion.label_dropout), diffusion, diffusion.widths[0], len(train)),
     )
+    return Result(first.seconds, second.seconds, *rates, guided, unguided, quality, by_steps)
 
 
 def fold_seconds(made: Result) -> float:
@@ -321,22 +346,29 @@ def main(threads: int = 1) -> None:
     vae, diffusion, generation = REFERENCE
     # Equal budget: as many steps as the default's seconds allow, at the published design's own speed.
     probe = run(vae.model_copy(update={"max_steps": 20}), diffusion.model_copy(update={"max_steps": 20}), generation, train, None, False)
-    steps = max(20, int(ours.vae_seconds * probe.vae_steps_per_second)), max(20, int(ours.diffusion_seconds * probe.steps_per_second))
+    steps = (
+        max(20, int(ours.vae_seconds * probe.vae.steps_per_second)),
+        max(20, int(ours.diffusion_seconds * probe.diffusion.steps_per_second)),
+    )
     vae, diffusion = vae.model_copy(update={"max_steps": steps[0]}), diffusion.model_copy(update={"max_steps": steps[1]})
     reference = run(vae, diffusion, generation, train, held, False)
     ours_seconds = fold_seconds(ours) / TARGETS
     reference_seconds = (
-        REFERENCE_STEPS["vae"] / reference.vae_steps_per_second
-        + REFERENCE_STEPS["diffusion"] / reference.steps_per_second
+        REFERENCE_STEPS["vae"] / reference.vae.steps_per_second
+        + REFERENCE_STEPS["diffusion"] / reference.diffusion.steps_per_second
         + REFERENCE_CELLS / reference.cells_per_second
     )
     summary = {
         "reference_seconds_per_target": reference_seconds,
         "crossfit_seconds_per_target": ours_seconds,
         "cost_ratio": reference_seconds / ours_seconds,
-        "train_matmul_share": ours.matmul_share,
-        "vae_matmul_share": ours.vae_matmul_share,
-        "train_steps_per_second": ours.steps_per_second,
+        "train_matmul_share": ours.diffusion.share,
+        "train_matmul_share_own_precision": ours.diffusion.own_share,
+        "train_precision": ours.diffusion.precision,
+        "train_steps_per_second": ours.diffusion.steps_per_second,
+        "vae_matmul_share": ours.vae.share,
+        "vae_matmul_share_own_precision": ours.vae.own_share,
+        "vae_steps_per_second": ours.vae.steps_per_second,
         "sample_cells_per_second": ours.cells_per_second,
         "sample_unguided_cells_per_second": ours.unguided_cells_per_second,
         "peak_memory_gb": peak_memory(),
