@@ -93,7 +93,8 @@ class Plan:
 
 @dataclass
 class Fitted:
-    """weights: the state to keep (CPU); history: one row per validated epoch (epoch, step, train, validation loss); precision: of products."""
+    """weights: the state to keep (CPU); history: one row per validated epoch (epoch, step, train, validation loss); precision: that of
+    products, fp32 or bf16."""
 
     weights: dict[str, Tensor]
     history: list[dict[str, float]]
