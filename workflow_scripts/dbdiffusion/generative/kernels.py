@@ -17,10 +17,15 @@ from numba import njit
 from torch import Tensor
 
 F = np.float32
-EXACT = {"error_model": "numpy", "fastmath": {"contract"}, "cache": True}
-"""Multiplications and additions may join; nothing else is reordered."""
-SUMS = {"error_model": "numpy", "fastmath": {"contract", "reassoc"}, "cache": True}
-"""Sums in the order that vectors give them."""
+
+
+def _can_be_kept() -> bool:
+    """Whether compiled loops can be kept: beside this file, or in the user's cache folder."""
+    try:
+        njit(cache=True)(fused)
+    except RuntimeError:
+        return False
+    return True
 
 
 def fused(*tensors: Tensor) -> bool:
@@ -31,6 +36,12 @@ def fused(*tensors: Tensor) -> bool:
 def array(tensor: Tensor) -> np.ndarray:
     """The memory of a contiguous tensor."""
     return tensor.detach().numpy()
+
+
+EXACT = {"error_model": "numpy", "fastmath": {"contract"}, "cache": _can_be_kept()}
+"""Multiplications and additions may join; nothing else is reordered."""
+SUMS = {**EXACT, "fastmath": {"contract", "reassoc"}}
+"""Sums in the order that vectors give them."""
 
 
 @njit(inline="always", **EXACT)
