@@ -189,3 +189,13 @@ def test_arrays_share_the_memory_of_their_tensors() -> None:
     tensor = torch.zeros(3, requires_grad=True)
     array(tensor)[0] = 1
     assert tensor.tolist() == [1, 0, 0]
+
+
+def test_loops_are_kept_on_disk_where_a_folder_can_be_written(monkeypatch) -> None:
+    assert kernels._can_be_kept()
+
+    def refuse(*arguments, **options):
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr(kernels, "njit", refuse)
+    assert not kernels._can_be_kept()
