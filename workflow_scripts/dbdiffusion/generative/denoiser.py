@@ -34,7 +34,8 @@ class Denoiser(nn.Module):
     """Widths descend level by level and come back, the levels of equal width joined by additive skips.
 
     coordinates: width of the latent; condition: dimensions of a perturbation's condition; null_token: `learned`, an embedding of its
-    own for the unconditional model, or `zero`, the zero condition (published: then null, control and zero are one).
+    own for the unconditional model, or `zero`, the zero condition (published: then null, control and zero are one); timesteps: of the
+    schedule.
     """
 
     def __init__(self, coordinates: int, condition: int, widths: Sequence[int], null_token: str = "learned", timesteps: int = 1000) -> None:
@@ -72,7 +73,7 @@ class Denoiser(nn.Module):
         label: embeddings that broadcast against y, or with `index` (n,) a table (u, width) of which each row takes one:
         a projection per condition is much cheaper than one per cell.
         """
-        if index is not None and fused(y):
+        if index is not None and fused(y) and not y.requires_grad:
             return self._by_hand(y, t, label, index)
         labels = self.label_out(label)
         labels = (labels if index is None else nn.functional.embedding(index, labels)).split(self.sizes, dim=-1)
@@ -87,6 +88,7 @@ class Denoiser(nn.Module):
         return self.out(y).float()
 
     def _by_hand(self, y: Tensor, t: Tensor, label: Tensor, index: Tensor) -> Tensor:
+        """`forward` with an index, without a graph in between."""
         linears = [self.time[0], self.time[2], self.time_out, self.label_out]
         pairs = [*linears, *(part for block in (*self.down, *self.up) for part in (block.linear, block.norm)), self.out]
         parameters = [value for part in pairs for value in (part.weight, part.bias)]

@@ -66,7 +66,8 @@ class _Linear:
 
 class Pass(torch.autograd.Function):
     """Prediction (n, coordinates) from y (n, coordinates), sines of the timesteps (n, width), a table of label embeddings (u, width) of
-    which each row takes one, and the parameters in the order of `parameters_of`.
+    which each row takes one, and weight and bias of: both layers of the time, time_out, label_out, linear and norm of each block, out. No
+    gradient of y.
 
     levels: number of blocks on the way down; sizes: widths of all blocks; half: products of bfloat16.
     """
