@@ -22,6 +22,7 @@ def test_study_resumes_and_has_its_columns(tmp_path, monkeypatch):
         "error_model",
         "level",
         "coverage",
+        "coverage_strongest",
         "width",
         "q",
         "fdr",

@@ -12,9 +12,6 @@ from dbdiffusion.inference.bands import PER_TARGET, Rows, mean_row
 from dbdiffusion.inference.debias import Queries
 from dbdiffusion.inference.held_out import ERROR_MODELS, LEVELS, Fold
 
-STRONGEST = 0.05
-"""Share of a target's genes that are those of strongest predicted effect."""
-
 
 @dataclass(frozen=True)
 class Located:
@@ -58,7 +55,7 @@ def _located(fold: Fold, kind: str) -> Located:
         whole.effect,
         np.broadcast_to(_thirds(whole.control_mean), whole.effect.shape),
         np.stack([_thirds(np.abs(e)) for e in whole.effect]),
-        np.abs(found.effect) >= np.quantile(np.abs(found.effect), 1 - STRONGEST, axis=1, keepdims=True),
+        debias.strongest(found.effect),
         kind,
         queries.info["k_eff"].to_numpy(dtype=float),
         queries.info["confidence"].to_numpy(dtype=float),

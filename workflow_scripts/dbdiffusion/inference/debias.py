@@ -40,10 +40,18 @@ LARGEST = 0.10
 """Share of the pairs with the very largest, which have a factor of their own: there perturbations differ most."""
 MIN_BY_SIZE = 20
 """Fewer pseudo-targets have one factor: they tell too little of how errors depend on the size of tau^2."""
+STRONGEST = 0.05
+"""Share of a target's genes that are those of strongest predicted effect."""
 TAIL_PAIRS = 500_000
 """About so many of them are looked at."""
 CHUNK = 4_000_000
 """Pairs of target and gene handled at once."""
+
+
+def strongest(effect: np.ndarray) -> np.ndarray:
+    """Genes of strongest predicted effect of each target (R, G), those without any left out."""
+    size = np.abs(effect)
+    return (size >= np.quantile(size, 1 - STRONGEST, axis=1, keepdims=True)) & (size > 0)
 
 
 def sampling_variance(effects: EffectSet) -> np.ndarray:
