@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from dbdiffusion.data.sets import CONTROL
-from dbdiffusion.inference import debias, ttest
+from dbdiffusion.inference import debias, published, ttest
 from dbdiffusion.inference.debias import Predictor, Queries, Screen, Variate
 
 
@@ -120,12 +120,96 @@ def test_degenerate_screens_give_finite_estimates(toy):
     assert (found.variance[0, [0, 1, 3, 4]] > 0).all()
 
 
+def test_a_slope_multiplies_the_estimate_and_what_is_known_of_its_error(toy):
+    effects, random = toy.effect_set(), np.random.default_rng(5)
+    screen = Screen.of(effects, 0.05)
+    queries = Queries.of(screen, toy.location_set(effects, random.dirichlet(np.ones(6), 2), ["t1", "t2"]))
+    g = {name: random.normal(size=5) for name in [*effects.perturbations, "t1", "t2"]}
+    model = toy.fixed_model([Variate(Predictor.of("g", toy.means_of(effects, g, mc=0.01), effects), "raw")], [0.4])
+    plain = debias.estimate(model, screen, queries, "target")
+    # Sizes on either side of two points, and between them.
+    size = np.log(plain.effect**2 / 0.1)
+    points = tuple(np.quantile(size, [0.3, 0.7]))
+    found = debias.estimate(replace(model, slopes=debias.Slopes(points, np.array([0.2, 1.5]))), screen, queries, "target")
+    slope = 0.2 + 1.3 * np.clip((size - points[0]) / (points[1] - points[0]), 0, 1)
+    assert np.allclose(found.effect, slope * plain.effect)
+    assert np.allclose(found.known, slope**2 * plain.known)
+    assert np.allclose(found.variance - found.known, plain.variance - plain.known)
+    assert np.ptp(slope) == pytest.approx(1.3)
+    cells = [published.standard_errors("cells_only", screen, queries, model, found.noise, s) for s in (1.0, found.slope)]
+    assert np.allclose(cells[1], slope * cells[0])
+
+
+def sparse_predictions(random, truth_of=lambda effect: effect):
+    """Predicted and observed effects of 40 x 200 pairs, one in ten not 0; folds."""
+    effect = random.normal(size=(40, 200)) * (random.random((40, 200)) < 0.1)
+    return effect, truth_of(effect) + random.normal(scale=0.1, size=effect.shape), np.arange(40) % 10
+
+
+def test_slopes_shrink_what_is_noise_and_stretch_what_is_shrunk():
+    random = np.random.default_rng(0)
+    truth, observed, folds = sparse_predictions(random)
+    effect = 0.7 * truth + random.normal(scale=0.1, size=truth.shape)
+    own = np.full(200, 0.01)
+    slopes = debias.fit_slopes(observed, effect, own, folds)
+    assert slopes.all[0] < 0.7
+    assert slopes.all[1] == pytest.approx(1 / 0.7, abs=0.1)
+    new, again, _ = sparse_predictions(random)
+    raw = 0.7 * new + random.normal(scale=0.1, size=new.shape)
+    assert ((again - slopes.of(raw, own) * raw) ** 2).mean() < 0.85 * ((again - raw) ** 2).mean()
+    # A pseudo-target's own effects do not enter its slopes.
+    other = debias.fit_slopes(np.where((folds == 0)[:, None], 9.0, observed), effect, own, folds)
+    assert other.left_out is None or np.allclose(other.left_out[0], slopes.left_out[0])
+    assert np.allclose(debias.fit_slopes(observed + 0.01 * (folds == 0)[:, None], effect, own, folds).left_out[0], slopes.left_out[0])
+
+
+def test_slopes_are_one_where_nothing_is_gained():
+    effect, observed, folds = sparse_predictions(np.random.default_rng(1))
+    slopes = debias.fit_slopes(observed, effect, np.full(200, 0.01), folds)
+    assert slopes.of(effect, np.full(200, 0.01)) == pytest.approx(1.0)
+    assert (debias.fit_slopes(observed, 0 * effect, np.zeros(200), folds).all == 1).all()
+
+
+@pytest.mark.parametrize("count", [4, 60])
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+def test_strongest_predictions_are_held_where_targets_differ_in_strength(count, strength):
+    inside, fitted = [], []
+    for seed in range(10 if count > 20 else 40):
+        random = np.random.default_rng(seed)
+
+        def drawn(random=random):
+            effect = random.normal(size=(count, 300)) * np.where(random.random((count, 300)) < 0.1, 1.0, 0.05)
+            off = strength * random.normal(size=(count, 1)) + 0.2 * strength * random.normal(size=effect.shape)
+            return effect, off * effect + random.normal(scale=0.2, size=effect.shape)
+
+        effect, error = drawn()
+        tau = np.full(effect.shape, 0.04)
+        found = debias.Estimate(effect, tau, 0 * tau, 0 * tau, np.full(count, 50.0), tau)
+        stretch, df = debias.fit_tails(error, found, 0 * tau + 0.04, 0 * tau, 0.95)
+        effect, error = drawn()
+        variance = tau * stretch.factor(tau, np.full(300, 0.04)) + stretch.strength * effect**2
+        half = ttest.quantile(0.95, np.minimum(np.full(count, 50.0), df))[:, None] * np.sqrt(variance)
+        inside.append((np.abs(error) <= half)[debias.strongest(effect)].mean())
+        fitted.append(stretch.strength)
+    assert np.mean(inside) >= 0.9
+    assert np.mean(np.sqrt(fitted)) < 0.2 if strength == 0 else np.mean(np.sqrt(fitted)) > 0.4
+
+
+def test_strength_widens_the_interval_and_leaves_the_test_of_no_effect():
+    tau = np.array([[1.0, 2.0]])
+    found = debias.Estimate(3 * tau, tau + 0.5, 0 * tau + 0.1, 0 * tau, np.array([9.0]), tau, 0.4 * tau)
+    null = found.without_strength()
+    assert np.allclose(null.variance, 0.6 * tau + 0.5)
+    assert np.allclose(null.without_strength().variance, null.variance)
+    assert (null.total_df(0.0, 0.95) > found.total_df(0.0, 0.95)).all()
+
+
 @pytest.mark.parametrize("heavy", [0.0, 0.05])
 def test_tails_hold_at_the_level_and_far_beyond(heavy):
     random = np.random.default_rng(0)
     error = random.normal(size=(300, 100)) * np.where(random.random((300, 100)) < heavy, 2.5, 1.0)
     variance = np.full(error.shape, float((error**2).mean()))
-    found = debias.Estimate(error, variance, 0 * error, 0 * error, np.full(300, 50.0), 0 * error)
+    found = debias.Estimate(0 * error, variance, 0 * error, 0 * error, np.full(300, 50.0), 0 * error)
     stretch, df = debias.fit_tails(error, found, variance, 0 * error, 0.95)
     new = random.normal(size=error.shape) * np.where(random.random(error.shape) < heavy, 2.5, 1.0)
     p = ttest.p_values(new, np.sqrt(stretch.factor(variance, np.ones(100)) * variance), min(df, 50.0))
@@ -159,7 +243,7 @@ def test_few_pseudo_targets_do_not_promise_more_than_they_tell():
     for _ in range(150):
         error, new = (random.normal(size=(4, 200)) * np.sqrt(tau) * np.exp(random.normal(scale=0.7, size=(4, 1))) for _ in range(2))
         stretch, df = debias.fit_tails(
-            error, debias.Estimate(error, tau, 0 * tau, 0 * tau, np.full(4, 30.0), tau), 0 * tau + 1, 0 * tau, 0.95
+            error, debias.Estimate(0 * tau, tau, 0 * tau, 0 * tau, np.full(4, 30.0), tau), 0 * tau + 1, 0 * tau, 0.95
         )
         assert stretch.log_factor[0] == stretch.log_factor[1]
         half = ttest.quantile(0.95, np.array([min(df, 30.0)])) * np.sqrt(tau * stretch.factor(tau, np.ones(200)))

@@ -48,6 +48,14 @@ def rates():
 
 
 @pytest.mark.parametrize("difficulty", ["informative", "wrong"])
+def test_strongest_predictions_are_covered(rates, difficulty):
+    at = rates.loc[difficulty]
+    t, published = (at.loc[model][lambda f: f["level"] == 0.95].iloc[0]["coverage_strongest"] for model in ("t", "cells_only"))
+    assert t >= 0.9
+    assert published < 0.6
+
+
+@pytest.mark.parametrize("difficulty", ["informative", "wrong"])
 def test_intervals_cover_at_their_level(rates, difficulty):
     at = rates.loc[difficulty]
     t = at.loc["t"][lambda f: f["level"] == 0.95].iloc[0]

@@ -88,7 +88,8 @@ def _held_out_guide(
     model = debias.fit(screen, pseudo, (), 0.0, config.level)
     found = debias.estimate(model, screen, Queries.of(screen, locations.select([held])), "target")
     extra = screen.control_sampling
-    p = ttest.p_values(found.effect, np.sqrt(found.variance + extra), found.total_df(extra, config.level))
+    null = found.without_strength()
+    p = ttest.p_values(found.effect, np.sqrt(null.variance + extra), null.total_df(extra, config.level))
     observed = measured.subset([held])
     error, own = observed.effect - found.effect, debias.sampling_variance(observed)
     return p[0], ttest.p_values(error, np.sqrt(found.variance + own), found.total_df(own, config.level))[0]

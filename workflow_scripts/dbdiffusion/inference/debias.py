@@ -12,7 +12,7 @@ replaces the neighbour mean by the prediction itself (used for stacking only).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -40,8 +40,12 @@ LARGEST = 0.10
 """Share of the pairs with the very largest, which have a factor of their own: there perturbations differ most."""
 MIN_BY_SIZE = 20
 """Fewer pseudo-targets have one factor: they tell too little of how errors depend on the size of tau^2."""
+SLOPE_POINTS = (0.90, 0.98)
+"""Shares of the pairs with a smaller prediction: up to the first the slope is that of small ones, from the second on of large ones."""
 STRONGEST = 0.05
 """Share of a target's genes that are those of strongest predicted effect."""
+ROUNDS = 3
+"""Times that variance by strength and by size of tau^2 are fitted to what the other leaves."""
 TAIL_PAIRS = 500_000
 """About so many of them are looked at."""
 CHUNK = 4_000_000
@@ -232,8 +236,9 @@ class Variate:
 @dataclass(frozen=True)
 class Estimate:
     """Predicted effects of R queries x G genes: effect, variance of effect about the true effect (control apart), of it
-    what cells and Monte-Carlo noise contribute (known), the Monte-Carlo noise alone, df (R,) of the rest (tau^2), weight: total weight
-    of predictors (R, G)."""
+    what cells and Monte-Carlo noise contribute (known), the Monte-Carlo noise alone, df (R,) of the rest, weight: total weight
+    of predictors (R, G); strength: the part of the rest by which targets differ in strength (tau^2 is what remains); slope: what the
+    prediction was multiplied with."""
 
     effect: np.ndarray
     variance: np.ndarray
@@ -241,6 +246,12 @@ class Estimate:
     noise: np.ndarray
     df: np.ndarray
     weight: np.ndarray
+    strength: np.ndarray | float = 0.0
+    slope: np.ndarray | float = 1.0
+
+    def without_strength(self) -> Estimate:
+        """For the test of no effect: a gene that does not change does so at any strength."""
+        return replace(self, variance=self.variance - self.strength, strength=0.0)
 
     def total_df(self, extra: np.ndarray | float, level: float) -> np.ndarray:
         """Degrees of freedom (R, G) of the t with the standard deviation of variance + extra whose interval at `level` is that of the
@@ -253,17 +264,38 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Slopes:
+    """What a prediction is multiplied with by its size, its square in units of the gene's typical sampling variance: log-linear between two
+    points, flat beyond. all: (2,) for targets; left_out: (H, 2) without each fold of pseudo-targets."""
+
+    log_size: tuple[float, float] = (0.0, 1.0)
+    all: np.ndarray = field(default_factory=lambda: np.ones(2))
+    left_out: np.ndarray | None = None
+
+    def of(self, effect: np.ndarray, own: np.ndarray, fold: int | None = None) -> np.ndarray:
+        """Factors (R, G) of effect (R, G), with own (G,)."""
+        slopes = self.all if fold is None or self.left_out is None else self.left_out[fold]
+        return np.interp(log_ratio(effect**2, own), self.log_size, slopes)
+
+
+def log_ratio(values: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """log(values / unit), for values (R, G) of 0 or more and unit (G,) or (R, G); large where the unit is 0 and the value is not."""
+    tiny = 1e-300
+    return np.log(np.maximum(values, tiny) / np.maximum(unit, tiny))
+
+
+@dataclass(frozen=True)
 class Stretch:
-    """A factor by size of tau^2, in units of the gene's typical sampling variance: log-linear between two points, flat beyond."""
+    """A factor on tau^2 by its size, in units of the gene's typical sampling variance, log-linear between two points and flat beyond; and
+    strength: what the square of the predicted effect counts beside it, since perturbations of one kind differ in strength."""
 
     log_size: tuple[float, float] = (0.0, 1.0)
     log_factor: tuple[float, float] = (0.0, 0.0)
+    strength: float = 0.0
 
     def factor(self, tau2: np.ndarray, own: np.ndarray) -> np.ndarray:
         """Of tau2 (R, G), with own (G,); 1 where tau2 is 0."""
-        ratio = np.divide(tau2, own, out=np.full_like(tau2, np.inf), where=own > 0)
-        size = np.log(ratio, out=np.zeros_like(ratio), where=tau2 > 0)
-        return np.where(tau2 > 0, np.exp(np.interp(size, self.log_size, self.log_factor)), 1.0)
+        return np.where(tau2 > 0, np.exp(np.interp(log_ratio(tau2, own), self.log_size, self.log_factor)), 1.0)
 
 
 @dataclass(frozen=True)
@@ -274,7 +306,8 @@ class Model:
     local_df: scaled F of local variances against the prior; df_prior: its own degrees of freedom; scale (G,),
     scale_left (H, G): what the errors' normal scores ask the variance to be multiplied with; own (G,): typical sampling variance of
     an observed mean; calibrated: whether pseudo-targets of this kind stand behind it; df_tail: largest degrees of freedom that the
-    errors' tails allow; stretch: factor on tau^2 by its size. The last two are one for all pseudo-targets, which tell them together.
+    errors' tails allow; stretch: factor on tau^2 by its size, and variance by strength. The last two are one for all pseudo-targets, which
+    tell them together. slopes: what the estimate is multiplied with.
     """
 
     variates: tuple[Variate, ...]
@@ -290,6 +323,7 @@ class Model:
     calibrated: bool
     df_tail: float = variance.MAX_DF
     stretch: Stretch = Stretch()
+    slopes: Slopes = Slopes()
 
 
 @dataclass(frozen=True)
@@ -350,11 +384,11 @@ def _groups(folds: np.ndarray | None, n: int) -> list[tuple[int | None, np.ndarr
 def estimate(model: Model, screen: Screen, queries: Queries, role: str, folds: np.ndarray | None = None) -> Estimate:
     """The estimate for queries; with `folds` (pseudo-targets) each from what was learned without its own fold.
 
-    Variance = scale tau^2 (1 + sum w^2) + a^2 sum w^2 s^2/n + Monte-Carlo variance, with a the weight that the neighbour mean
-    keeps beside raw predictions (1 without them). tau^2 is the prior (mean square of pseudo-targets' errors of the gene) and
-    the neighbours' own variance, weighted by their degrees of freedom, times the share of the prior that cells and
-    Monte-Carlo noise do not explain (not below 0: of a gene that only noise moves, the neighbours' variance is noise too);
-    scale is that of the standardised errors.
+    Variance = scale tau^2 (1 + sum w^2) + gamma^2 theta^2 + a^2 sum w^2 s^2/n + Monte-Carlo variance, with a the weight that the
+    neighbour mean keeps beside raw predictions (1 without them), times the slope. tau^2 is the prior (mean square of pseudo-targets'
+    errors of the gene) and the neighbours' own variance, weighted by their degrees of freedom, times the share of the prior that cells
+    and Monte-Carlo noise do not explain (not below 0: of a gene that only noise moves, the neighbours' variance is noise too);
+    scale is that of the standardised errors. gamma^2 is the strength of the stretch.
     """
     effect, weight = queries.base.copy(), np.zeros_like(queries.base)
     noise, kept = np.zeros_like(queries.base), np.ones_like(queries.base)
@@ -370,7 +404,11 @@ def estimate(model: Model, screen: Screen, queries: Queries, role: str, folds: n
             weight[rows] += lam * known[rows, None]
             if variate.form == "raw":
                 kept[rows] -= lam * known[rows, None]
-    sampling = kept**2 * queries.sampling
+    slope = np.empty_like(effect)
+    for h, rows in groups:
+        slope[rows] = model.slopes.of(effect[rows], model.own, h)
+    effect, noise = slope * effect, slope**2 * noise
+    sampling = (slope * kept) ** 2 * queries.sampling
     tau2 = np.empty_like(effect)
     for h, rows in groups:
         part = queries.rows(rows)
@@ -382,9 +420,10 @@ def estimate(model: Model, screen: Screen, queries: Queries, role: str, folds: n
         share = np.divide(np.maximum(prior - model.own, 0.0), prior, out=np.zeros_like(prior), where=prior > 0)
         tau2[rows] = scale * share * total
     tau2 *= model.stretch.factor(tau2, model.own)
-    out = tau2 * (1 + queries.sum_sq)[:, None] + sampling + noise
+    strength = model.stretch.strength * effect**2
+    out = tau2 * (1 + queries.sum_sq)[:, None] + strength + sampling + noise
     df = min(model.local_df, model.df_prior) + queries.local_df
-    return Estimate(effect, out, sampling + noise, noise, np.minimum(df, model.df_tail), weight)
+    return Estimate(effect, out, sampling + noise, noise, np.minimum(df, model.df_tail), weight, strength, slope)
 
 
 def _fold_means(values: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -440,8 +479,12 @@ def fit(screen: Screen, pseudo: Pseudo, variates: tuple[Variate, ...], weight: f
     flat = np.ones((n_folds, n_genes))
     draft = Model(variates, weights, ones, flat, 1.0, 1.0, 1.0, ones, flat, own, True)
     first = estimate(draft, screen, queries, "pseudo", folds)
-    error = pseudo.observed - first.effect
     own = ((pseudo.sampling + first.known) / (1 + queries.sum_sq)[:, None]).mean(0)
+    # Of a single method the estimate stays what its name says.
+    free = weight is None and any(v.form == "raw" for v in variates)
+    slopes = fit_slopes(pseudo.observed, first.effect, own, folds) if free else Slopes()
+    draft = replace(draft, slopes=slopes, own=own)
+    error = pseudo.observed - estimate(draft, screen, queries, "pseudo", folds).effect
     prior, left, df_prior = _moderated(error**2 / (1 + queries.sum_sq)[:, None], folds)
 
     found = np.empty_like(error)
@@ -452,7 +495,7 @@ def fit(screen: Screen, pseudo: Pseudo, variates: tuple[Variate, ...], weight: f
     if local_scale <= 0:
         local_scale, local_df = 1.0, variance.MAX_DF
     df_prior = df_prior + len(queries) - 1.0
-    model = Model(variates, weights, prior, left, local_scale, local_df, df_prior, ones, flat, own, True)
+    model = Model(variates, weights, prior, left, local_scale, local_df, df_prior, ones, flat, own, True, slopes=slopes)
     scores = normal_scores(error, estimate(model, screen, queries, "pseudo", folds), pseudo.sampling)
     scale, scale_left, _ = _moderated(scores**2, folds)
     model = replace(model, scale=scale, scale_left=scale_left)
@@ -461,54 +504,128 @@ def fit(screen: Screen, pseudo: Pseudo, variates: tuple[Variate, ...], weight: f
     return replace(model, stretch=stretch, df_tail=df_tail)
 
 
+def fit_slopes(observed: np.ndarray, effect: np.ndarray, own: np.ndarray, folds: np.ndarray) -> Slopes:
+    """Slopes of observed on predicted effects (K, G) of pseudo-targets, for small and large predictions; 1 unless they predict better.
+
+    Few genes change and many do not: where a prediction is small it is mostly noise, where it is large it is shrunk for the noise that it
+    has little of. Least squares, each gene relative to its sampling variance own (G,), with a ridge penalty towards 1 that weighs like one
+    pseudo-target; used if the error of pseudo-targets whose fold was left out falls by more than a standard error.
+    """
+    size = log_ratio(effect**2, own)
+    points = tuple(float(x) for x in np.quantile(size[:, own > 0], SLOPE_POINTS)) if (own > 0).any() else (0.0, 0.0)
+    if not points[0] < points[1]:
+        return Slopes()
+    large = np.interp(size, points, (0.0, 1.0))
+    weight = np.divide(1.0, own, out=np.zeros_like(own), where=own > 0)
+    parts = np.stack([effect * (1 - large), effect * large])
+    gram, cross = np.einsum("akg,bkg,g->kab", parts, parts, weight), np.einsum("akg,kg,g->ka", parts, observed, weight)
+    penalty = np.trace(gram.mean(0)) / 2 * np.eye(2)
+
+    def solve(rows: np.ndarray) -> np.ndarray:
+        return np.maximum(np.linalg.solve(gram[rows].sum(0) + penalty, cross[rows].sum(0) + penalty.sum(0)), 0.0)
+
+    left = np.array([solve(folds != h) for h in range(folds.max() + 1)])
+    mine, one = left[folds], np.ones(2)
+    saved = (one @ gram * one).sum(-1) - 2 * cross.sum(-1) - np.einsum("ka,kab,kb->k", mine, gram, mine) + 2 * (mine * cross).sum(-1)
+    if saved.sum() <= saved.std(ddof=1) * np.sqrt(len(saved)):
+        return Slopes()
+    return Slopes(points, solve(np.ones(len(folds), dtype=bool)), left)
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """Pairs (N,) of pseudo-target (row `target`) and gene: squares of the error and of the predicted effect, tau^2 as modelled, log of its
+    size, what is known with the observation's own sampling variance, and df."""
+
+    square: np.ndarray
+    effect: np.ndarray
+    tau: np.ndarray
+    size: np.ndarray
+    known: np.ndarray
+    target: np.ndarray
+    df: np.ndarray
+
+    @classmethod
+    def at(cls, pairs: np.ndarray, error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.ndarray) -> _Errors:
+        """At flat positions among the pairs (K, G), about TAIL_PAIRS of them."""
+        pairs = pairs[:: max(1, len(pairs) // TAIL_PAIRS)]
+        tau = found.variance - found.known
+        square, effect, tau, own, known = (x.ravel()[pairs] for x in (error**2, found.effect**2, tau, own, found.known + sampling))
+        target = pairs // error.shape[1]
+        return cls(square, effect, tau, log_ratio(tau, own), known, target, found.df[target])
+
+    def asked(self, level: float, tail: float) -> np.ndarray:
+        """The variance beside the known one at which each pair's interval at `level` would just hold its error."""
+        return (self.square - norm.ppf(0.5 + level / 2) ** 2 * self.known) / ttest.quantile(level, np.minimum(self.df, tail)) ** 2
+
+    def given(self, stretch: Stretch) -> np.ndarray:
+        """That variance by a stretch."""
+        return np.exp(np.interp(self.size, stretch.log_size, stretch.log_factor)) * self.tau + stretch.strength * self.effect
+
+
 def fit_tails(error: np.ndarray, found: Estimate, own: np.ndarray, sampling: np.ndarray, level: float) -> tuple[Stretch, float]:
-    """Factor on tau^2 by its size, and largest degrees of freedom, with which t intervals hold their share of the pseudo-targets'
-    errors, at `level` and in the tails (TAIL_LEVEL). At `level` more is held, the larger of a standard error over pseudo-targets and, with
-    K of them, what t with K - 1 degrees of freedom has over the normal: how well targets are predicted differs from one to the next, of
-    which the four or five measured combinations that some screens have say little.
+    """Factor on tau^2 by its size, variance by size of the predicted effect, and largest degrees of freedom, with which t intervals hold
+    their share of the pseudo-targets' errors: at `level`, of all genes and of those of strongest prediction, and in the tails (TAIL_LEVEL).
+    More is held at `level`, with K pseudo-targets what t with K - 1 degrees of freedom has over the normal, and of all genes at least a
+    standard error over pseudo-targets: how well targets are predicted differs from one to the next, of which the four or five measured
+    combinations that some screens have say little.
 
     Errors have heavier tails than t (most perturbations leave a gene alone, some change it much): intervals of unit scale
     would be too wide at the usual levels, and p far below 1 - level too small; and what is least sure is often less sure than it
-    seems. What is known and the observation's own sampling error are normal and have the normal quantile; only the pairs in which the
-    latter weighs least tell about tau^2.
+    seems. Perturbations of one kind differ in strength, so that errors grow with the effect. What is known and the observation's own
+    sampling error are normal and have the normal quantile; only the pairs in which the latter weighs least tell about tau^2.
     """
     tau = found.variance - found.known
-    total = found.variance + sampling
-    share = np.divide(tau, total, out=np.zeros_like(error), where=tau > 0)
+    share = np.divide(tau, found.variance + sampling, out=np.zeros_like(error), where=tau > 0)
     used = np.flatnonzero((share > 0) & (share >= np.quantile(share, 1 - TELLING)))
-    used = used[:: max(1, len(used) // TAIL_PAIRS)]
     if not len(used):
         return Stretch(), variance.MAX_DF
+    telling = _Errors.at(used, error, found, own, sampling)
+    strong = _Errors.at(np.flatnonzero(strongest(found.effect) & (tau > 0)), error, found, own, sampling)
     far = max(level, TAIL_LEVEL)
-    size = np.log(tau.ravel()[used] / np.maximum(own.ravel()[used], 1e-300))
-    square, tau, known = (x.ravel()[used] for x in (error**2, tau, found.known + sampling))
-    target = used // error.shape[1]
-    df = found.df[target]
     few = 2 * np.log(ttest.quantile(level, np.array([max(len(error) - 1.0, 1.0)]))[0] / norm.ppf(0.5 + level / 2))
-    edge = np.quantile(size, 1 - LARGEST / TELLING)
-    parts = [size <= edge, size > edge] if len(error) >= MIN_BY_SIZE else [np.ones_like(size, dtype=bool)] * 2
-    points = tuple(float(np.median(size[part])) if part.any() else float(edge) for part in parts)
-
-    def factor_of(needed: np.ndarray, share: float = level) -> float:
-        """The factor at which a share of the pairs is held."""
-        return float(max(np.quantile(needed, share, method="inverted_cdf"), 1e-6))
-
     for tail in TAILS:
-        # The factor at which each pair's interval would just hold its error.
-        needed = (square - norm.ppf(0.5 + level / 2) ** 2 * known) / (ttest.quantile(level, np.minimum(df, tail)) ** 2 * tau)
-        stretch = Stretch(points, tuple(np.log([factor_of(needed[part]) if part.any() else factor_of(needed) for part in parts])))
-        by_size = np.exp(np.interp(size, stretch.log_size, stretch.log_factor))
-        needed = needed / by_size
-        inside = needed <= factor_of(needed)
-        off = np.bincount(target, weights=inside - inside.mean())
-        margin = np.sqrt((off**2).sum() * len(off) / max(len(off) - 1, 1)) / len(inside)
-        common = max(np.log(factor_of(needed, min(level + margin, far))), np.log(factor_of(needed)) + few)
-        stretch = Stretch(points, tuple(np.clip([value + common for value in stretch.log_factor], *np.log(FACTORS))))
-        by_size = np.exp(np.interp(size, stretch.log_size, stretch.log_factor))
-        cut = ttest.quantile(far, np.minimum(df, tail)) ** 2 * by_size
-        if (square <= cut * tau + norm.ppf(0.5 + far / 2) ** 2 * known).mean() >= far:
+        stretch = Stretch()
+        # Either is fitted to what the other leaves; halfway between rounds, lest they swing.
+        for n in range(ROUNDS):
+            stretch = _by_size(telling, len(error), level, tail, few, stretch.strength)
+            if not len(strong.square):
+                break
+            needed = (strong.asked(level, tail) - strong.given(replace(stretch, strength=0.0))) / strong.effect
+            # They are few and vary by target: a shortfall within its standard error is none, where pseudo-targets are enough to tell.
+            spread = _spread(needed <= stretch.strength, strong.target) if len(error) >= MIN_BY_SIZE else 0.0
+            strength = max(_held(needed, level - spread), 0.0) * np.exp(few)
+            stretch = replace(stretch, strength=strength if n == 0 else (strength + stretch.strength) / 2)
+        if (telling.asked(far, tail) <= telling.given(stretch)).mean() >= far:
             break
     return stretch, tail
+
+
+def _by_size(errors: _Errors, targets: int, level: float, tail: float, few: float, strength: float) -> Stretch:
+    """Factors on tau^2 beside a variance by strength; few: log of the least by which they exceed what holds `level`."""
+    far = max(level, TAIL_LEVEL)
+    size, needed = errors.size, (errors.asked(level, tail) - strength * errors.effect) / errors.tau
+    edge = np.quantile(size, 1 - LARGEST / TELLING)
+    parts = [size <= edge, size > edge] if targets >= MIN_BY_SIZE else [np.ones_like(size, dtype=bool)] * 2
+    points = tuple(float(np.median(size[part])) if part.any() else float(edge) for part in parts)
+    logs = [np.log(max(_held(needed[part] if part.any() else needed, level), 1e-6)) for part in parts]
+    needed = needed / np.exp(np.interp(size, points, logs))
+    held = max(_held(needed, level), 1e-6)
+    margin = _spread(needed <= held, errors.target)
+    common = max(np.log(max(_held(needed, min(level + margin, far)), 1e-6)), np.log(held) + few)
+    return Stretch(points, tuple(np.clip([value + common for value in logs], *np.log(FACTORS))), strength)
+
+
+def _spread(inside: np.ndarray, target: np.ndarray) -> float:
+    """Standard error of the share inside, over pseudo-targets, each with as many pairs."""
+    off = np.bincount(target, weights=inside - inside.mean())
+    count = np.count_nonzero(np.bincount(target))
+    return float(np.sqrt((off**2).sum() * count / max(count - 1, 1)) / len(inside))
+
+
+def _held(needed: np.ndarray, share: float) -> float:
+    """The value at which a share of the pairs is held."""
+    return float(np.quantile(needed, share, method="inverted_cdf"))
 
 
 def normal_scores(error: np.ndarray, found: Estimate, sampling: np.ndarray) -> np.ndarray:

@@ -17,8 +17,10 @@ def residuals(screen: Screen, model: Model) -> np.ndarray:
     return out
 
 
-def standard_errors(name: str, screen: Screen, queries: Queries, model: Model, mc_variance: np.ndarray) -> np.ndarray:
-    """Standard errors (R, G) of the estimate, z-based.
+def standard_errors(
+    name: str, screen: Screen, queries: Queries, model: Model, mc_variance: np.ndarray, slope: np.ndarray | float = 1.0
+) -> np.ndarray:
+    """Standard errors (R, G) of the estimate, z-based; slope: what the estimate was multiplied with (mc_variance is that of the product).
 
     With pooled within-neighbour cell variance s^2_j and t^2_j the variance of the neighbours' observed means (ddof 1):
     cells_only: sqrt(sum w^2 s^2_j / n_k); conservative: sqrt(sum w^2 (s^2_j / n_k + t^2_j)), which for uniform weights is
@@ -31,14 +33,14 @@ def standard_errors(name: str, screen: Screen, queries: Queries, model: Model, m
     if name == "ppi_z":
         values = residuals(screen, model)
         spread = mix(queries.local, values**2) - mix(queries.local, values) ** 2
-        return np.sqrt(mc_variance + queries.sum_sq[:, None] * np.maximum(spread, 0.0))
+        return np.sqrt(mc_variance + slope**2 * queries.sum_sq[:, None] * np.maximum(spread, 0.0))
     freedom = np.maximum(n - 1, 0.0)
     pooled = mix(members * freedom, np.nan_to_num(screen.effects.variance)) / np.maximum(members @ freedom, 1.0)[:, None]
     within = pooled * (queries.weights**2 @ (1.0 / np.maximum(n, 1.0)))[:, None]
     if name == "cells_only":
-        return np.sqrt(within)
+        return slope * np.sqrt(within)
     count = members.sum(1)
     flat = members / np.maximum(count, 1)[:, None]
     spread = mix(flat, screen.effects.effect**2) - mix(flat, screen.effects.effect) ** 2
     spread = np.maximum(spread, 0.0) * (count / np.maximum(count - 1, 1))[:, None]
-    return np.sqrt(within + queries.sum_sq[:, None] * spread)
+    return slope * np.sqrt(within + queries.sum_sq[:, None] * spread)

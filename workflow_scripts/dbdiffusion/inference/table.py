@@ -169,7 +169,7 @@ def predict(inference: Inference, method: str, queries: Queries, kind: str) -> R
     extra = 0.0 if config.error_model in PUBLISHED else screen.control_sampling
     se, df, half_width = intervals(inference, method, kind, found, queries, config.error_model, extra)
     half = half_width(config.level)
-    p = ttest.p_values(found.effect, se, df)
+    p = ttest.p_values(found.effect, *intervals(inference, method, kind, found.without_strength(), queries, config.error_model, extra)[:2])
     values = {
         "lfc": found.effect,
         "se": se,
@@ -208,7 +208,7 @@ def intervals(
     """
     model, screen = inference.models[method][kind], inference.screen
     if error_model in PUBLISHED:
-        base = published.standard_errors(error_model, screen, queries, model, found.noise)
+        base = published.standard_errors(error_model, screen, queries, model, found.noise, found.slope)
         se, df = np.sqrt(base**2 + extra), np.full(base.shape, NORMAL_DF)
     else:
         se, df = np.sqrt(found.variance + extra), found.total_df(extra, inference.config.level)
