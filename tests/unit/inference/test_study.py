@@ -23,6 +23,7 @@ def test_study_resumes_and_has_its_columns(tmp_path, monkeypatch):
         "level",
         "coverage",
         "coverage_strongest",
+        "coverage_observed",
         "width",
         "q",
         "fdr",
@@ -53,6 +54,14 @@ def test_strongest_predictions_are_covered(rates, difficulty):
     t, published = (at.loc[model][lambda f: f["level"] == 0.95].iloc[0]["coverage_strongest"] for model in ("t", "cells_only"))
     assert t >= 0.9
     assert published < 0.6
+
+
+@pytest.mark.parametrize("difficulty", ["informative", "wrong"])
+def test_observed_effects_are_covered_at_the_level(rates, difficulty):
+    at = rates.loc[difficulty].loc["t"]
+    for level in study.LEVELS:
+        row = at[at["level"] == level].iloc[0]
+        assert level - 0.03 <= row["coverage_observed"] <= level + 0.03
 
 
 @pytest.mark.parametrize("difficulty", ["informative", "wrong"])

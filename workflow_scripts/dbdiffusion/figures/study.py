@@ -63,9 +63,14 @@ def _series(ax: Axes, part: pd.DataFrame, rate: str, looks: dict, lines: dict) -
 
 
 def rows_of(frame: pd.DataFrame, level: float, q: float) -> list[tuple[str, str, pd.DataFrame]]:
-    """Rows of panels as (column, label, rows of the study): coverage, FDR of all calls and by target, power, and error if known."""
+    """Rows of panels as (column, label, rows of the study): coverage of all genes and of those of strongest prediction, FDR of all calls
+    and by target, power, and error if known."""
     at_q = frame[frame["q"] == q]
-    rows = [("coverage", f"coverage at {level:.0%}", frame[frame["level"] == level]), ("fdr", f"FDR at q = {q:g},\nall calls", at_q)]
+    at_level = frame[frame["level"] == level]
+    rows = [("coverage", f"coverage at {level:.0%},\nall genes", at_level)]
+    if "coverage_strongest" in frame and at_level["coverage_strongest"].notna().any():
+        rows.append(("coverage_strongest", f"coverage at {level:.0%},\nstrongest predictions", at_level))
+    rows.append(("fdr", f"FDR at q = {q:g},\nall calls", at_q))
     if "fdr_target" in frame and frame["fdr_target"].notna().any():
         rows.append(("fdr_target", f"FDR at q = {q:g},\nmean over targets", at_q))
     rows.append(("power", f"power at q = {q:g}", at_q))
@@ -99,7 +104,7 @@ def _bounds(ax: Axes, part: pd.DataFrame) -> None:
 def draw_study(*, study: str | Path, png: str | Path, pdf: str | Path, level: float = 0.95, q: float = 0.1) -> None:
     """Coverage at `level`, FDR and power at nominal `q`, and error, by difficulty (columns) and number of training perturbations (x).
 
-    study: parquet with columns COLUMNS and, where it has them, fdr_target and mse_ratio, each with _low and
+    study: parquet with columns COLUMNS and, where it has them, coverage_strongest, fdr_target and mse_ratio, each with _low and
     _high; colours are error models (black and greys: predictors), dashes are generators. Grey
     dashes are nominal rates, black ones the power of a replicate and of calls by the targets' programmes, were they known.
     Raises UserError when a column is missing.
@@ -124,7 +129,7 @@ def draw_study(*, study: str | Path, png: str | Path, pdf: str | Path, level: fl
                 if rate == "power":
                     _bounds(ax, part)
                 else:
-                    at = {"coverage": level, "mse_ratio": 1.0}.get(rate, q)
+                    at = {"coverage": level, "coverage_strongest": level, "mse_ratio": 1.0}.get(rate, q)
                     ax.axhline(at, color=style.GREY, lw=0.6, ls=(0, (4, 2)), zorder=1)
                 ax.set_xscale("log")
                 ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
@@ -134,7 +139,7 @@ def draw_study(*, study: str | Path, png: str | Path, pdf: str | Path, level: fl
                     ax.set_ylabel(name)
             axes[0, column].set_title(f"{difficulty} features\n({_screens(frame, difficulty)})")
             axes[-1, column].set_xlabel("training perturbations")
-        for row in range(1, len(rows)):
+        for row in (i for i, (rate, *_) in enumerate(rows) if not rate.startswith("coverage")):
             axes[row, 0].set_ylim(bottom=-0.02 * axes[row, 0].get_ylim()[1])
         style.letter_panels(list(axes[:, 0]))
         _legend(page.fig, axes[0, 0], looks, lines)

@@ -41,6 +41,7 @@ MEASURES = (
     "coverage",
     "coverage_outside",
     "coverage_strongest",
+    "coverage_observed",
     "width",
     "fdr",
     "fdr_target",
@@ -74,11 +75,12 @@ def screen_rows(screen: Simulated, config: InferenceConfig, seed: int) -> list[d
 
     coverage: share of (target, gene) pairs whose interval of lfc holds the true effect, coverage_outside: the same of targets
     outside every programme, coverage_strongest: of each target's genes of strongest predicted effect; width: its mean width. Nine genes
-    in ten do not change at all and are hardly ever missed, so that coverage says little of the others. Calls are judged by experiment B
-    of each target (same size as the screen's others): fdr: false among all calls on the screen's targets (0 without calls), fdr_target:
-    mean over targets of the false share of their calls, fdr_outside: fdr_target of targets outside every programme; power: share of B's
-    calls found, power_replicate: by experiment A at the same rate; power_ceiling: by the typical effects of the targets' programmes, if
-    they were known, cut where the false share is q in truth: what no location can exceed where the generator knows nothing.
+    in ten do not change at all and are hardly ever missed, so that coverage says little of the others; coverage_observed is what can be
+    seen on real data, the share of experiment B's effects that lie in an interval widened by their sampling error. Calls are judged by
+    experiment B of each target (same size as the screen's others): fdr: false among all calls on the screen's targets (0 without calls),
+    fdr_target: mean over targets of the false share of their calls, fdr_outside: fdr_target of targets outside every programme; power:
+    share of B's calls found, power_replicate: by experiment A at the same rate; power_ceiling: by the typical effects of the targets'
+    programmes, if they were known, cut where the false share is q in truth: what no location can exceed where the generator knows nothing.
     mse_ratio (method rows): mean squared error over that of the neighbour mean.
     """
     inference = table.infer(screen.effects, screen.locations, screen.means, config, seed, select=False)
@@ -93,9 +95,13 @@ def screen_rows(screen: Simulated, config: InferenceConfig, seed: int) -> list[d
 def _interval_rows(screen: Simulated, inference: table.Inference, queries: Queries) -> Iterable[dict]:
     found = debias.estimate(inference.models[table.STACKED]["single"], inference.screen, queries, "target")
     error, strongest = np.abs(found.effect - screen.truth), debias.strongest(found.effect)
+    seen = screen.experiments[1]
+    gap, seen_error = np.abs(found.effect - seen.effect), debias.sampling_variance(seen) + seen.control_variance / seen.control_n
     for model in ERROR_MODELS:
         extra = 0.0 if model in table.PUBLISHED else inference.screen.control_sampling
-        half_width = table.intervals(inference, table.STACKED, "single", found, queries, model, extra)[2]
+        half_width, wider = (
+            table.intervals(inference, table.STACKED, "single", found, queries, model, more)[2] for more in (extra, extra + seen_error)
+        )
         for level in LEVELS:
             half = half_width(level)
             inside = error <= half
@@ -105,6 +111,7 @@ def _interval_rows(screen: Simulated, inference: table.Inference, queries: Queri
                 "coverage": inside.mean(),
                 "coverage_outside": inside[screen.outside].mean(),
                 "coverage_strongest": inside[strongest].mean(),
+                "coverage_observed": (gap <= wider(level)).mean(),
                 "width": 2 * half.mean(),
             }
 
