@@ -130,14 +130,14 @@ def matmul_rate(batch: int, width: int, kind: torch.dtype = torch.float32) -> fl
     return 2 * batch * width**2 * n / (time.perf_counter() - began)
 
 
-def training_rate(network: torch.nn.Module, loss, config: VaeConfig | DiffusionConfig, width: int, cells: int) -> Rate:
-    """Steps of a training on `cells` cells, validation apart, and products in turns: medians over ROUNDS rounds."""
+def training_rate(network: torch.nn.Module, loss, config: VaeConfig | DiffusionConfig, width: int, cells: int, rounds: int) -> Rate:
+    """Steps of a training on `cells` cells, validation apart, and products in turns: medians over rounds."""
     more = {"ema": config.ema} if isinstance(config, DiffusionConfig) else {}
     plan = Plan.of(config, "bench", 1, np.arange(cells), CPU, **more)
     trainer, network = Trainer(network, plan, CPU, None), network.train()
     flops, found = step_flops(loss, network, plan.batch), []
     with deterministic():
-        for turn in range(ROUNDS + 1):
+        for turn in range(rounds + 1):
             began, n = time.perf_counter(), 40
             for _ in range(n):
                 trainer.advance(loss)
@@ -238,7 +238,15 @@ class Judge:
         return out
 
 
-def run(vae: VaeConfig, diffusion: DiffusionConfig, generation: GenerationConfig, train: Cells, held: Cells | None, steps: bool) -> Result:
+def run(
+    vae: VaeConfig,
+    diffusion: DiffusionConfig,
+    generation: GenerationConfig,
+    train: Cells,
+    held: Cells | None,
+    steps: bool,
+    rounds: int = ROUNDS,
+) -> Result:
     """Train, generate and measure; quality where held-out cells are given, by sampling steps too where asked."""
     names = [CONTROL, *sorted(set(train.perturbation) - {CONTROL})]
     effects = means(train, names) - means(train, names)[0]
@@ -266,8 +274,10 @@ def run(vae: VaeConfig, diffusion: DiffusionConfig, generation: GenerationConfig
     by_steps = judge.by_steps(generator, diffusion, embedding) if judge and steps else {}
     # Last, for it trains on.
     rates = (
-        training_rate(network, vae_loss(data, vae), vae, vae.hidden[0], len(train)),
-        training_rate(denoiser, diffusion_loss(latents, objective, diffusion.label_dropout), diffusion, diffusion.widths[0], len(train)),
+        training_rate(network, vae_loss(data, vae), vae, vae.hidden[0], len(train), rounds),
+        training_rate(
+            denoiser, diffusion_loss(latents, objective, diffusion.label_dropout), diffusion, diffusion.widths[0], len(train), rounds
+        ),
     )
     return Result(first.seconds, second.seconds, *rates, guided, unguided, quality, by_steps)
 
@@ -291,7 +301,7 @@ def grown(sizes: dict[str, int]) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         train, _ = screen(Path(folder), **sizes)
     short = {"max_epochs": 3, "patience": 0}
-    result = run(VaeConfig(**short), DiffusionConfig(**short), GenerationConfig(), train, None, False)
+    result = run(VaeConfig(**short), DiffusionConfig(**short), GenerationConfig(), train, None, False, rounds=1)
     return {
         "cells": len(train),
         "genes": len(train.genes),
