@@ -187,7 +187,7 @@ def test_coverage_written_out(written):
     assert len(want) == 10
     assert value_of(frame, "coverage", "t", 0.95, "per target") == pytest.approx(np.mean(want), abs=0.01)
     # Of the true effect, the interval as the table gives it.
-    assert value_of(frame, "coverage_truth", "t", 0.95, "per target") == pytest.approx(np.mean(true), abs=1e-9)
+    assert value_of(frame, "coverage_truth", CONFIG.error_model, 0.95, "per target") == pytest.approx(np.mean(true), abs=1e-9)
 
 
 def _inputs(folder):

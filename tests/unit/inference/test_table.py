@@ -6,7 +6,7 @@ import pytest
 
 from dbdiffusion.config.inference import InferenceConfig
 from dbdiffusion.data.sets import MeanSet
-from dbdiffusion.inference import table
+from dbdiffusion.inference import debias, table
 from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.errors import UserError
 
@@ -124,6 +124,14 @@ def test_every_error_model_is_selectable(screen, make_fold, tmp_path, model):
     frame = run(make_fold(tmp_path, screen), error_model=model)
     assert np.isfinite(frame[list(NUMBERS)].to_numpy()).all()
     assert (frame["ci_high"] >= frame["ci_low"]).all()
+
+
+@pytest.mark.parametrize("perturbations", [12, 40])
+def test_conformal_intervals_need_enough_pseudo_targets(make_screen, make_fold, tmp_path, perturbations):
+    few = make_fold(tmp_path, make_screen(perturbations=perturbations, targets=2))
+    t, conformal = (run(few, error_model=model) for model in ("t", "conformal"))
+    assert np.allclose(t["ci_high"], conformal["ci_high"]) == (perturbations < debias.MIN_BY_SIZE)
+    np.testing.assert_array_equal(t["p_t"], conformal["p_t"])
 
 
 def test_a_handful_of_perturbations_and_cells(make_screen, make_fold, tmp_path):

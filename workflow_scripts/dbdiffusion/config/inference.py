@@ -14,8 +14,9 @@ class InferenceConfig(Block):
 
     weight: Literal["tuned", "one", "zero"] = "tuned"
     """Weight lambda of the predictor: tuned per gene on pseudo-targets; one (published); zero (neighbour mean)."""
-    error_model: Literal["t", "conformal", "cells_only", "conservative", "ppi_z"] = "t"
-    """Interval: t (perturbation as unit, moderated); conformal; or one of the published errors, for comparison."""
+    error_model: Literal["t", "conformal", "cells_only", "conservative", "ppi_z"] = "conformal"
+    """Interval: t (perturbation as unit, moderated); conformal, the same with quantiles of the standardised errors of measured
+    perturbations (from 20 of them on, else t); or one of the published errors, for comparison."""
     level: float = Field(0.95, gt=0.5, lt=1)
     """Nominal coverage of intervals."""
     calls: Literal["selection", "t"] = "selection"

@@ -212,7 +212,8 @@ def intervals(
         se, df = np.sqrt(base**2 + extra), np.full(base.shape, NORMAL_DF)
     else:
         se, df = np.sqrt(found.variance + extra), found.total_df(extra, inference.config.level)
-    if error_model == "conformal" and model.calibrated:
+    # Few pseudo-targets say little of a quantile of their errors: the t has a margin for that.
+    if error_model == "conformal" and model.calibrated and len(inference.pseudo[kind].queries) >= debias.MIN_BY_SIZE:
         quantiles = inference.quantiles(method, kind)
         return se, df, lambda level: quantiles.half_width(found.effect, se, level)
     return se, df, lambda level: ttest.quantile(level, df) * se
