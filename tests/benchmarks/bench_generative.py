@@ -353,7 +353,7 @@ def main(threads: int = 1) -> None:
     with tempfile.TemporaryDirectory() as folder:
         train, held = screen(Path(folder))
     ours = run(VaeConfig(), DiffusionConfig(), GenerationConfig(), train, held, True)
-    # The same in single precision, where products are not: it must not be better than by chance.
+    # The same in single precision, where products are not, to compare.
     single = {"precision": "fp32"}
     plain = (
         ours

@@ -46,7 +46,8 @@ class VaeConfig(Block):
     validation_share: float = Field(0.1, ge=0, lt=0.5)
     """Share of training cells held out for early stopping."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of products in training. auto: bf16 on GPUs and CPUs that multiply it (avx512_bf16, amx_bf16), else fp32."""
+    """Of products in training. auto: bf16 on GPUs and CPUs that multiply it (avx512_bf16, amx_bf16), else fp32; results then depend on the
+    machine as they do on the device, which fp32 avoids."""
     checkpoint_seconds: float = Field(60.0, gt=0)
     """A killed training resumes from its last checkpoint."""
 
@@ -92,7 +93,8 @@ class DiffusionConfig(Block):
     patience: int = Field(10, ge=0)
     """Stop after this many validations (40 over the whole training) without a better held-out loss; 0: never."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of products in training. auto: bf16 on GPUs and CPUs that multiply it (avx512_bf16, amx_bf16), else fp32."""
+    """Of products in training. auto: bf16 on GPUs and CPUs that multiply it (avx512_bf16, amx_bf16), else fp32; results then depend on the
+    machine as they do on the device, which fp32 avoids."""
     checkpoint_seconds: float = Field(60.0, gt=0)
     """A killed training resumes from its last checkpoint."""
 

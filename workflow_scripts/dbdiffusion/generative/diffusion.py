@@ -162,7 +162,9 @@ def fit_denoiser(
     objective = Objective.make(config, device)
     train, held = split_rows(len(latents.mean), config.validation_share, derive_seed(seed, "diffusion"))
     plan = Plan.of(config, "diffusion", seed, train, device, ema=config.ema, validations=40)
-    key = checkpoint.digest(config.model_dump(), seed, latents.mean, latents.deviation, latents.label, latents.conditions)
+    key = checkpoint.digest(
+        config.model_dump(), str(plan.autocast), seed, latents.mean, latents.deviation, latents.label, latents.conditions
+    )
     fitted = fit(
         network,
         diffusion_loss(latents, objective, config.label_dropout),

@@ -20,8 +20,8 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class AdamW:
-    """parameters: become views of `values` (n,); weight_decay: decoupled, of matrices alone, since pulling intercepts and variances to 0
-    would bias what they estimate; clip: largest norm of the gradient.
+    """parameters: become views of `values` (n,); weight_decay: decoupled, of matrices (intercepts by batch among them) alone, since pulling
+    common intercepts and variances to 0 would bias what they estimate; clip: largest norm of the gradient.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], weight_decay: float, clip: float) -> None:

@@ -251,10 +251,12 @@ class Trainer:
         if stored is None:
             return False
         tensors, state = stored
-        if not self.optimiser.load(checkpoint.unprefixed("optimiser", tensors)):
+        weights, own = checkpoint.unprefixed("network", tensors), self.network.state_dict()
+        fits = {name: value.shape for name, value in weights.items()} == {name: value.shape for name, value in own.items()}
+        if not fits or not self.optimiser.load(checkpoint.unprefixed("optimiser", tensors)):
             logger.warning("starting from the beginning: %s is a training state of another version", self.path)
             return False
-        self.network.load_state_dict(checkpoint.unprefixed("network", tensors))
+        self.network.load_state_dict(weights)
         self.best = {k: v.to(self.device) for k, v in checkpoint.unprefixed("best", tensors).items()}
         if self.averaged is not None:
             checkpoint.same_dtype_copy(self.averaged, tensors["averaged"])

@@ -272,7 +272,14 @@ def fit_vae(
     grace = config.kl_warmup_share if network.variational and config.kl_weight > 0 else 0.0
     plan = Plan.of(config, "vae", seed, train, device, grace=grace)
     key = checkpoint.digest(
-        config.model_dump(), seed, cells.expression.data, cells.expression.indices, cells.log_library, cells.batch, cells.genes
+        config.model_dump(),
+        str(plan.autocast),
+        seed,
+        cells.expression.data,
+        cells.expression.indices,
+        cells.log_library,
+        cells.batch,
+        cells.genes,
     )
     path = checkpoint.scratch_file(scratch, "vae", key)
     data = CellTensors.make(cells, network.counts, device)

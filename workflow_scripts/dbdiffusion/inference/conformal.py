@@ -19,13 +19,14 @@ class Quantiles:
     edges: np.ndarray
     sorted_errors: tuple[np.ndarray, ...]
 
-    def half_width(self, effect: np.ndarray, sd: np.ndarray, level: float) -> np.ndarray:
-        """Half width (R, G) of the interval: the group's quantile of the standardised errors times sd.
+    def half_width(self, effect: np.ndarray, own: np.ndarray, sd: np.ndarray, level: float) -> np.ndarray:
+        """Half width (R, G) of the interval: the group's quantile of the standardised errors times sd. own: the standard error of the
+        effect about the truth alone, by which groups were told.
 
         Cross-conformal (Vovk 2015; Barber et al. 2021), Mondrian in the groups: the quantile at rank
         ceil(level (n + 1)) of the n pairs of the group.
         """
-        group = np.searchsorted(self.edges, ratio(effect, sd), side="right")
+        group = np.searchsorted(self.edges, ratio(effect, own), side="right")
         cut = []
         for values in self.sorted_errors:
             rank = int(np.ceil(level * (len(values) + 1)))

@@ -250,7 +250,8 @@ class Estimate:
     slope: np.ndarray | float = 1.0
 
     def without_strength(self) -> Estimate:
-        """For the test of no effect: a gene that does not change does so at any strength."""
+        """For the test of no effect, which takes the strength as known: with it, perturbations that might do nothing would rule out every
+        call, and p of held-out control guides would not be uniform."""
         return replace(self, variance=self.variance - self.strength, strength=0.0)
 
     def total_df(self, extra: np.ndarray | float, level: float) -> np.ndarray:

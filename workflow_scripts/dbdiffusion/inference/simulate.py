@@ -56,7 +56,7 @@ def _true_effects(random: np.random.Generator, programmes: np.ndarray, member: n
 def _experiment(
     random: np.random.Generator, names: pd.Index, genes: pd.Index, truth: np.ndarray, n_cells: np.ndarray, sd: np.ndarray, base: np.ndarray
 ) -> EffectSet:
-    """Observed effects of n_cells cells against one control sample that all experiments of a screen share (error in `base`)."""
+    """Observed effects of n_cells cells against a control sample of the experiment's own, which all of its perturbations share."""
     control_error = random.normal(0, sd / np.sqrt(CONTROL_CELLS))
     raw = truth + random.normal(size=truth.shape) * sd / np.sqrt(n_cells)[:, None]
     variance = sd**2 * random.chisquare(np.maximum(n_cells - 1, 1)[:, None], truth.shape) / np.maximum(n_cells - 1, 1)[:, None]

@@ -144,7 +144,8 @@ def score_pseudo_targets(inference: Inference, method: str, seed: int) -> dict[s
 
 
 def cross_predictions(inference: Inference, method: str, kind: str = "single") -> Crossfit:
-    """Every pseudo-target of a kind predicted without its own cells, its own error or its fold's."""
+    """Every pseudo-target of a kind predicted without its own cells, its own error or its fold's, but for what all of them tell together in
+    a few numbers: the stretch, the tails, and whether there are slopes."""
     pseudo = inference.pseudo[kind]
     found = debias.estimate(inference.models[method][kind], inference.screen, pseudo.queries, "pseudo", pseudo.folds)
     return Crossfit(pseudo.queries, pseudo.observed, pseudo.sampling, found, pseudo.at, pseudo.folds)
@@ -215,7 +216,7 @@ def intervals(
     # Few pseudo-targets say little of a quantile of their errors: the t has a margin for that.
     if error_model == "conformal" and model.calibrated and len(inference.pseudo[kind].queries) >= debias.MIN_BY_SIZE:
         quantiles = inference.quantiles(method, kind)
-        return se, df, lambda level: quantiles.half_width(found.effect, se, level)
+        return se, df, lambda level: quantiles.half_width(found.effect, np.sqrt(found.variance), se, level)
     return se, df, lambda level: ttest.quantile(level, df) * se
 
 

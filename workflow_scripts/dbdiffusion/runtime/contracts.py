@@ -226,7 +226,7 @@ DE = Table(
         C("df", "float", "", "degrees of freedom of se", missing=True),
         C("ci_low", "float", LOG_UNIT, "lower end of the interval of lfc", missing=True),
         C("ci_high", "float", LOG_UNIT, "upper end of the interval of lfc", missing=True),
-        C("p_t", "float", "", "two-sided p of lfc against 0, where a difference in strength counts for nothing", missing=True),
+        C("p_t", "float", "", "two-sided p of lfc against 0, the target's strength taken as known", missing=True),
         C("q_t", "float", "", "Benjamini-Hochberg over the target's genes", missing=True),
         C("p_selection", "float", "", "conformal p of `an experiment would call this gene`", missing=True),
         C(
