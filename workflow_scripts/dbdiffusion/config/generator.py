@@ -17,7 +17,7 @@ class VaeConfig(Block):
     likelihood: Literal["gaussian", "nb"] = "nb"
     """Decoder: negative binomial on counts with the library size (zeros and variances as in real cells), or gaussian on log-normalised
     expression."""
-    hidden: list[int] = Field([256], min_length=1)
+    hidden: list[int] = Field([128], min_length=1)
     """Widths of the hidden layers, encoder order."""
     latent: int = Field(32, ge=2)
     """Latent dimensions."""
@@ -27,7 +27,7 @@ class VaeConfig(Block):
     """Normalisation of the hidden layers; batch uses running statistics when it decodes."""
     kl_weight: float = Field(1.0, ge=0)
     """Weight of the KL term; 1 is the evidence lower bound, less keeps more of each cell's noise in the latent."""
-    kl_warmup_share: float = Field(0.3, ge=0, le=1)
+    kl_warmup_share: float = Field(0.05, ge=0, le=1)
     """Share of the steps over which the KL weight grows from 0."""
     free_bits: float = Field(0.0, ge=0)
     """KL per latent dimension that is not penalised, nats."""
