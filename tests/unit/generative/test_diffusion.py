@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from dbdiffusion.config.generator import DiffusionConfig, GenerationConfig
+from dbdiffusion.generative import diffusion
 from dbdiffusion.generative.denoiser import Denoiser
 from dbdiffusion.generative.diffusion import Conditions, Objective, diffusion_loss, epsilon_of, fit_denoiser, sampling_schedule
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.networks import seeded
 from dbdiffusion.generative.samplers import SAMPLERS
+from dbdiffusion.generative.schedule import noise_schedule
 from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.errors import UserError
 
@@ -50,14 +52,17 @@ def test_null_token_is_its_own_or_the_zero_condition() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
-def test_predictions_imply_the_noise(prediction: str) -> None:
+def test_predictions_imply_the_noise(monkeypatch, prediction: str) -> None:
     objective = Objective.make(DiffusionConfig(prediction=prediction), CPU)
     stream = torch.Generator().manual_seed(0)
-    x, noise, t = torch.randn(8, 3, generator=stream), torch.randn(8, 3, generator=stream), torch.full((8,), 400)
-    y, target = objective.noised(x, noise, t)
-    level = float(objective.alpha_bar[400])
-    torch.testing.assert_close(y, level**0.5 * x + (1 - level) ** 0.5 * noise)
-    torch.testing.assert_close(objective.epsilon(target, y, 400), noise, rtol=1e-4, atol=1e-4)
+    mean, deviation, noise = torch.randn(9, 3, generator=stream), torch.rand(9, 3, generator=stream), torch.randn(2, 5, 3, generator=stream)
+    latents, rows, t = Latents(mean, deviation, torch.zeros(9), torch.zeros(1, 2)), torch.tensor([0, 8, 3, 3, 1]), torch.full((5,), 400)
+    x, level = mean[rows] + deviation[rows] * noise[0], float(objective.alpha_bar[400])
+    for loop in (True, False):
+        monkeypatch.setattr(diffusion, "fused", lambda *tensors, loop=loop: loop)
+        y, target = objective.noised(latents, rows, noise, t)
+        torch.testing.assert_close(y, level**0.5 * x + (1 - level) ** 0.5 * noise[1])
+        torch.testing.assert_close(objective.epsilon(target, y, 400), noise[1], rtol=1e-4, atol=1e-4)
 
 
 def test_min_snr_weights_are_one_weight_on_the_x0_loss() -> None:
@@ -65,10 +70,10 @@ def test_min_snr_weights_are_one_weight_on_the_x0_loss() -> None:
     t, gap, weighted = torch.tensor([1, 50, 300, 900]), 0.1, {}
     for prediction in ("epsilon", "v", "x0"):
         objective = Objective.make(DiffusionConfig(prediction=prediction, min_snr_gamma=5.0), CPU)
-        level = objective.alpha_bar[t]
+        level = torch.from_numpy(noise_schedule("linear", 1000).alpha_bar)[t]
         # An error d in x0 is sqrt(abar / (1 - abar)) d in epsilon and d / sqrt(1 - abar) in v.
-        factor = {"epsilon": level / (1 - level), "v": 1 / (1 - level), "x0": torch.ones(4)}[prediction]
-        weighted[prediction] = objective.weight(t) * factor * gap**2
+        factor = {"epsilon": level / (1 - level), "v": 1 / (1 - level), "x0": torch.ones(4)}[prediction].double()
+        weighted[prediction] = objective.weights[t] * factor * gap**2
     snr = level / (1 - level)
     for value in weighted.values():
         torch.testing.assert_close(value, snr.clamp_max(5.0) * gap**2, rtol=1e-4, atol=1e-6)
@@ -79,10 +84,11 @@ def test_loss_drops_labels_at_the_stated_rate_and_only_then_uses_the_null_token(
     objective, seen = Objective.make(DiffusionConfig(), CPU), []
 
     class Spy(Denoiser):
-        def forward(self, y, t, label, index=None):
+        def misfit(self, y, t, conditions, index, target, weight):
             seen.append((index == 1).double().mean())
             assert set(t.tolist()) <= set(range(1000))
-            return super().forward(y, t, label, index)
+            assert (weight == 1).all()
+            return super().misfit(y, t, conditions, index, target, weight)
 
     made = seeded(lambda: Spy(6, 4, [8]), 0)
     for share in (0.0, 0.2):

@@ -96,23 +96,26 @@ def test_negative_binomial_against_torch(monkeypatch, log_r: float) -> None:
 
 @pytest.mark.parametrize("widths", [[16], [24, 16], [40, 32, 16, 8]])
 @pytest.mark.parametrize("null_token", ["learned", "zero"])
-def test_denoiser_by_hand_against_autograd(monkeypatch, widths: list[int], null_token: str) -> None:
+@pytest.mark.parametrize("conditions", [4, 200])
+def test_denoiser_by_hand_against_autograd(monkeypatch, widths: list[int], null_token: str, conditions: int) -> None:
     stream = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     network = Denoiser(7, 5, widths, null_token)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3, generator=stream)
     y, target = torch.randn(60, 7, generator=stream), torch.randn(60, 7, generator=stream)
-    t, index = torch.randint(0, 1000, (60,), generator=stream), torch.randint(0, 5, (60,), generator=stream)
-    conditions = torch.randn(4, 5, generator=stream)
+    t, weight = torch.randint(0, 1000, (60,), generator=stream), torch.rand(60, generator=stream)
+    index = torch.randint(0, conditions, (60,), generator=stream)
+    index[:7] = conditions  # The null label.
+    values = torch.randn(conditions, 5, generator=stream)
     called = []
     monkeypatch.setattr(denoiser_cpu, "_block", lambda *a, block=denoiser_cpu._block: called.append(1) or block(*a))
 
     def run(by_hand: bool, half: bool = False) -> list[torch.Tensor]:
         monkeypatch.setattr(denoiser, "fused", lambda *tensors: by_hand)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            predicted = network(y, t, torch.cat([network.embed(conditions), network.null_label()]), index)
-        return [predicted, *torch.autograd.grad((predicted - target).square().mean(), list(network.parameters()))]
+            value = network.misfit(y, t, values, index, target, weight)
+        return [value, *torch.autograd.grad(3 * value, list(network.parameters()))]
 
     plain = run(False)
     assert not called
@@ -123,6 +126,21 @@ def test_denoiser_by_hand_against_autograd(monkeypatch, widths: list[int], null_
     single, slow, fast = (torch.cat([part.reshape(-1) for part in parts]) for parts in (plain, run(False, True), run(True, True)))
     assert fast.dtype == torch.float32
     assert 0 < (fast - single).norm() <= 1.2 * (slow - single).norm()
+
+
+def test_bfloat16_in_loops_as_torch_rounds_it() -> None:
+    x = torch.cat([torch.randn(5000), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 3e38])])
+
+    @njit
+    def loop(x, low, back):
+        for i in range(x.size):
+            low[i] = kernels.narrow(low, x[i])
+            back[i] = kernels.wide(low[i])
+
+    low, back = torch.empty_like(x, dtype=torch.bfloat16), torch.empty_like(x)
+    loop(array(x), array(low), array(back))
+    torch.testing.assert_close(low, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(back, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_sampling_by_hand_against_torch(monkeypatch) -> None:

@@ -73,8 +73,6 @@ class Denoiser(nn.Module):
         label: embeddings that broadcast against y, or with `index` (n,) a table (u, width) of which each row takes one:
         a projection per condition is much cheaper than one per cell.
         """
-        if index is not None and fused(y) and not y.requires_grad:
-            return self._by_hand(y, t, label, index)
         labels = self.label_out(label)
         labels = (labels if index is None else nn.functional.embedding(index, labels)).split(self.sizes, dim=-1)
         times = self.time_out(self.time(self.waves[t])).split(self.sizes, dim=-1)
@@ -87,11 +85,26 @@ class Denoiser(nn.Module):
             y = block(y, *projected) + skip
         return self.out(y).float()
 
-    def _by_hand(self, y: Tensor, t: Tensor, label: Tensor, index: Tensor) -> Tensor:
-        """`forward` with an index, without a graph in between."""
-        linears = [self.time[0], self.time[2], self.time_out, self.label_out]
+    def misfit(self, y: Tensor, t: Tensor, conditions: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """Mean squared error of `forward` against target (n, coordinates), rows weighted by (n,), as it is trained: each row takes one of
+        the conditions (u, condition) by index (n,), the null label where that is u. Scalar.
+        """
+        if fused(y, conditions, target, weight):
+            return self._misfit_by_hand(y, t, conditions, index, target, weight)
+        table = torch.cat([self.embed(conditions), self.null_label()])
+        predicted = self(y, t, table, index) if len(table) <= len(y) else self(y, t, table[index])
+        return (weight * (predicted - target).square().mean(1)).mean()
+
+    def _misfit_by_hand(self, y: Tensor, t: Tensor, conditions: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """`misfit` without a graph in between."""
+        if self.null is None:
+            conditions = torch.cat([conditions, torch.zeros_like(conditions[:1])])
+        if len(conditions) >= len(y):
+            taken, index = index.unique(return_inverse=True)
+            conditions = conditions[taken[taken < len(conditions)]]
+        linears = [self.time[0], self.time[2], self.time_out, self.label[0], self.label[2], self.label_out]
         pairs = [*linears, *(part for block in (*self.down, *self.up) for part in (block.linear, block.norm)), self.out]
         parameters = [value for part in pairs for value in (part.weight, part.bias)]
-        half = torch.is_autocast_enabled("cpu")
-        rows = (y, self.waves.index_select(0, t), label, index)
-        return denoiser_cpu.Pass.apply(*rows, len(self.down), self.sizes, half, self.down[0].norm.eps, *parameters)
+        shape = len(self.down), self.sizes, torch.is_autocast_enabled("cpu"), self.down[0].norm.eps
+        rows = y, self.waves.index_select(0, t), conditions, index, target, weight
+        return denoiser_cpu.Pass.apply(*rows, *shape, self.null, *parameters)

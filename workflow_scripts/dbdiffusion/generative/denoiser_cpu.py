@@ -1,8 +1,8 @@
 """The denoiser on a CPU, forward and backward by hand.
 
 The same mathematics as `denoiser.Denoiser`, which is the definition: products by torch, all between two products in one loop each
-(`kernels`), and no graph in between, which costs as much as a small network's products. Under autocast products are of bfloat16, the
-rest is in single precision.
+(`kernels`), and no graph in between, which costs as much as a small network's products. Under autocast products are of bfloat16, and so is
+what goes into and comes out of them; the rest is in single precision.
 """
 
 from __future__ import annotations
@@ -31,16 +31,10 @@ def _block(
     x: Tensor, label: Tensor, index: Tensor, time: Tensor, at: int, gain: Tensor, bias: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, normalised rows and inverse standard deviations of `kernels.modulated`."""
-    made = torch.empty_like(x), torch.empty_like(x), x.new_empty(len(x))
+    made = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32), x.new_empty(len(x), dtype=torch.float32)
     out, hat, inverse = map(array, made)
     kernels.modulated(*map(array, (x, label, index, time)), at, array(gain), array(bias), np.float32(epsilon), hat, inverse, out)
     return made
-
-
-def _silu(x: Tensor) -> Tensor:
-    out = torch.empty_like(x)
-    kernels.silu(array(x), array(out))
-    return out
 
 
 @dataclass
@@ -56,20 +50,49 @@ class _Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         self.x, self.w = self.low(x), self.low(self.weight)
-        return torch.addmm(self.low(self.bias), self.x, self.w.t()).float()
+        return torch.addmm(self.low(self.bias), self.x, self.w.t())
 
     def backward(self, grad: Tensor, wanted: bool = True) -> tuple[Tensor | None, Tensor]:
         """Gradients of x (None unless wanted) and of the weight; that of the bias is the sum of grad's rows."""
         grad = self.low(grad)
-        return torch.mm(grad, self.w).float() if wanted else None, torch.mm(grad.t(), self.x).float()
+        return torch.mm(grad, self.w) if wanted else None, torch.mm(grad.t(), self.x).float()
+
+
+class _Chain:
+    """Linear layers with SiLU in between."""
+
+    def __init__(self, *linears: _Linear) -> None:
+        self.linears = linears
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.made = []
+        for linear in self.linears:
+            if self.made:
+                x = torch.empty_like(self.made[-1])
+                kernels.silu(array(self.made[-1]), array(x))
+            self.made.append(linear(x))
+        return self.made[-1]
+
+    def backward(self, grad: Tensor, by_offset: Tensor) -> list[Tensor]:
+        """Gradients of all weights and biases, `by_offset` being that of the last bias."""
+        out: list[Tensor] = []
+        for i in reversed(range(len(self.linears))):
+            by_hidden, by_weight = self.linears[i].backward(grad, i > 0)
+            out[:0] = [by_weight, by_offset]
+            if i:
+                hidden = self.made[i - 1]
+                grad, by_offset = torch.empty_like(hidden), hidden.new_empty(hidden.shape[1], dtype=torch.float32)
+                kernels.silu_backward(*map(array, (by_hidden, hidden, grad, by_offset)))
+        return out
 
 
 class Pass(torch.autograd.Function):
-    """Prediction (n, coordinates) from y (n, coordinates), sines of the timesteps (n, width), a table of label embeddings (u, width) of
-    which each row takes one, and weight and bias of: both layers of the time, time_out, label_out, linear and norm of each block, out. No
-    gradient of y.
+    """Weighted mean squared error against target (n, coordinates) of the prediction from y (n, coordinates), sines of the timesteps
+    (n, width) and conditions (u, condition), of which each row takes one by index (n,).
 
-    levels: number of blocks on the way down; sizes: widths of all blocks; half: products of bfloat16.
+    weight: (n,); levels: number of blocks on the way down; sizes: widths of all blocks; half: products of bfloat16; null: the embedding of
+    index u, or None where that is a condition; given: weight and bias of both layers of the time and time_out, both of the label and
+    label_out, linear and norm of each block, out. Gradients of null and of these.
     """
 
     @staticmethod
@@ -77,19 +100,22 @@ class Pass(torch.autograd.Function):
         ctx: FunctionCtx,
         y: Tensor,
         waves: Tensor,
-        table: Tensor,
+        conditions: Tensor,
         index: Tensor,
+        target: Tensor,
+        weight: Tensor,
         levels: int,
         sizes: Sequence[int],
         half: bool,
         epsilon: float,
+        null: Tensor | None,
         *given: Tensor,
     ) -> Tensor:
         values = iter(given)
-        time, time_more, time_out, label_out = (_Linear(next(values), next(values), half) for _ in range(4))
-        first = time(waves)
-        second = time_more(_silu(first))
-        times, labels = time_out(_silu(second)), label_out(table.float())
+        time, embed = (_Chain(*(_Linear(next(values), next(values), half) for _ in range(n))) for n in (3, 2))
+        label_out = _Linear(next(values), next(values), half)
+        times, table = time(waves), embed(conditions)
+        labels = label_out(table if null is None else torch.cat([table, null[None].to(table.dtype)]))
         blocks, outputs, at = [], [], 0
         for i, size in enumerate(sizes):
             linear, gain, bias = _Linear(next(values), next(values), half), next(values), next(values)
@@ -101,19 +127,22 @@ class Pass(torch.autograd.Function):
             blocks.append((linear, x, gain, bias, hat, inverse))
             at += size
         out = _Linear(next(values), next(values), half)
-        ctx.linears, ctx.blocks, ctx.hidden = (time, time_more, time_out, label_out, out), blocks, (first, second)
-        ctx.labels, ctx.index, ctx.levels, ctx.sizes = labels, index, levels, sizes
-        return out(outputs[-1])
+        predicted = out(outputs[-1])
+        ctx.grad, ctx.by_offset = torch.empty_like(predicted), target.new_empty(target.shape[1])
+        value = kernels.squared_error(*map(array, (predicted, target, weight, ctx.grad, ctx.by_offset)))
+        ctx.time, ctx.embed, ctx.label_out, ctx.blocks, ctx.out = time, embed, label_out, blocks, out
+        ctx.null, ctx.labels, ctx.index, ctx.levels, ctx.sizes = null is not None, labels, index, levels, sizes
+        return target.new_tensor(value)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        time, time_more, time_out, label_out, out = ctx.linears
-        levels, sizes = ctx.levels, ctx.sizes
-        by_labels, by_times = torch.zeros_like(ctx.labels), grad.new_empty(len(grad), sum(sizes))
-        by_times_offset, by_out, at = grad.new_empty(sum(sizes)), grad.sum(0), sum(sizes)
+    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
+        levels, sizes, width = ctx.levels, ctx.sizes, sum(ctx.sizes)
+        by_labels = torch.zeros_like(ctx.labels, dtype=torch.float32)
+        grad, by_out, at = ctx.grad * scale, ctx.by_offset * scale, width
+        by_times, by_moved = grad.new_empty(len(grad), width), by_out.new_empty(width)
         skips: dict[int, Tensor] = {}
         of_blocks: list[Tensor] = []
-        grad, by_out_weight = out.backward(grad.contiguous())
+        grad, by_out_weight = ctx.out.backward(grad)
         for i in reversed(range(len(sizes))):
             linear, x, gain, bias, hat, inverse = ctx.blocks[i]
             if i in skips:
@@ -122,18 +151,14 @@ class Pass(torch.autograd.Function):
                 skips[2 * levels - 2 - i] = grad
             at -= sizes[i]
             by_x, (by_gain, by_bias, by_offset) = torch.empty_like(x), (torch.empty_like(gain) for _ in range(3))
-            known, wanted = (gain, bias, hat, inverse), (by_x, by_labels, by_times, by_gain, by_bias, by_offset)
+            known, wanted = (gain, bias, hat, inverse), (by_x, by_labels, by_times, by_gain, by_bias, by_offset, by_moved)
             kernels.modulated_backward(*map(array, (grad, x, ctx.labels, ctx.index)), at, *map(array, (*known, *wanted)))
             grad, by_weight = linear.backward(by_x, i > 0)
             of_blocks[:0] = [by_weight, by_offset, by_gain, by_bias]
-        torch.sum(by_times, 0, out=by_times_offset)
-        by_table, by_label_weight = label_out.backward(by_labels)
-        by_hidden, by_time_weight = time_out.backward(by_times)
-        of_times = [by_time_weight, by_times_offset]
-        for linear, hidden in ((time_more, ctx.hidden[1]), (time, ctx.hidden[0])):
-            by_x, by_offset = torch.empty_like(hidden), hidden.new_empty(hidden.shape[1])
-            kernels.silu_backward(*map(array, (by_hidden, hidden, by_x, by_offset)))
-            by_hidden, by_weight = linear.backward(by_x, linear is not time)
-            of_times[:0] = [by_weight, by_offset]
-        of_labels = [by_label_weight, by_labels.sum(0)]
-        return None, None, by_table, None, None, None, None, None, *of_times, *of_labels, *of_blocks, by_out_weight, by_out
+        by_table, by_label_weight = ctx.label_out.backward(by_labels)
+        by_null = by_table[-1].float() if ctx.null else None
+        by_table = by_table[:-1].contiguous() if ctx.null else by_table
+        of_embed = ctx.embed.backward(by_table, by_table.sum(0, dtype=torch.float32))
+        of_labels = [*of_embed, by_label_weight, by_labels.sum(0)]
+        none = (None,) * 10
+        return *none, by_null, *ctx.time.backward(by_times, by_moved), *of_labels, *of_blocks, by_out_weight, by_out

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from dbdiffusion.config.generator import DiffusionConfig
 from dbdiffusion.data.sets import CONTROL, EffectSet
-from dbdiffusion.generative import checkpoint
+from dbdiffusion.generative import checkpoint, kernels
 from dbdiffusion.generative.cells import load_cells
 from dbdiffusion.generative.denoiser import Denoiser
 from dbdiffusion.generative.guidance import Epsilon, guided
+from dbdiffusion.generative.kernels import array, fused
 from dbdiffusion.generative.latents import Latents, latents_of
 from dbdiffusion.generative.networks import seeded
 from dbdiffusion.generative.offsets import MeanOffsets, fit_offsets
@@ -73,34 +74,38 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Objective:
-    """Prediction target and weight of each timestep. alpha_bar: (T,) on the device."""
+    """What is predicted at each timestep. alpha_bar: (T,); factors: (T, 4) of x and noise in the noised x, and of x and noise in the
+    prediction's target; weights: (T,) of the squared error. All on the device."""
 
     alpha_bar: Tensor
+    factors: Tensor
+    weights: Tensor
     prediction: str
-    gamma: float | None
 
     @classmethod
     def make(cls, config: DiffusionConfig, device: torch.device) -> Objective:
-        schedule = noise_schedule(config.schedule, config.timesteps)
-        return cls(torch.from_numpy(schedule.alpha_bar).float().to(device), config.prediction, config.min_snr_gamma)
-
-    def noised(self, x: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Noised x (n, d) at timesteps t (n,), and what the network is to predict: epsilon, x0 or v = sqrt(abar) eps - sqrt(1 - abar) x."""
-        level = self.alpha_bar[t][:, None]
-        signal, spread = level.sqrt(), (1 - level).sqrt()
-        target = {"epsilon": noise, "x0": x}.get(self.prediction)
-        if target is None:
-            target = signal * noise - spread * x
-        return signal * x + spread * noise, target
-
-    def weight(self, t: Tensor) -> Tensor | None:
-        """Min-SNR weights (Hang et al. 2023): min(SNR, gamma) in units of the x0 loss, translated to the prediction; None: 1."""
-        if self.gamma is None:
-            return None
-        level = self.alpha_bar[t]
+        """Targets are epsilon, x0 or v = sqrt(abar) eps - sqrt(1 - abar) x. Weights are min-SNR weights (Hang et al. 2023), min(SNR, gamma)
+        in units of the x0 loss, translated to the prediction; 1 without."""
+        level = noise_schedule(config.schedule, config.timesteps).alpha_bar
+        signal, spread, none = np.sqrt(level), np.sqrt(1 - level), np.zeros_like(level)
+        target = {"epsilon": (none, none + 1), "x0": (none + 1, none), "v": (-spread, signal)}[config.prediction]
         snr = level / (1 - level)
-        kept = snr.clamp_max(self.gamma)
-        return {"epsilon": kept / snr, "x0": kept, "v": kept / (snr + 1)}[self.prediction]
+        kept = np.minimum(snr, config.min_snr_gamma or np.inf)
+        weights = {"epsilon": kept / snr, "x0": kept, "v": kept / (snr + 1)}[config.prediction]
+        tables = level, np.stack([signal, spread, *target], axis=1), weights if config.min_snr_gamma else none + 1
+        return cls(*(torch.from_numpy(x).float().to(device) for x in tables), config.prediction)
+
+    def noised(self, latents: Latents, rows: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Draws x from the posteriors of rows (n,), noised at timesteps t (n,), and what the network is to predict, each (n, coordinates).
+
+        noise: (2, n, coordinates), standard normal: that of the draws and that of the diffusion.
+        """
+        if fused(latents.mean, noise):
+            y, target = torch.empty_like(noise[0]), torch.empty_like(noise[0])
+            kernels.noised(*map(array, (latents.mean, latents.deviation, rows, noise, t, self.factors, y, target)))
+            return y, target
+        x, (of_x, of_noise, x_aimed, noise_aimed) = latents.draw(rows, noise[0]), self.factors.index_select(0, t).split(1, dim=1)
+        return of_x * x + of_noise * noise[1], x_aimed * x + noise_aimed * noise[1]
 
     def epsilon(self, predicted: Tensor, y: Tensor, t: int) -> Tensor:
         """The noise that a prediction at timestep t implies."""
@@ -113,7 +118,7 @@ class Objective:
 
 
 def diffusion_loss(latents: Latents, objective: Objective, label_dropout: float):
-    """Mean squared error of the prediction over cells and coordinates; the null label replaces a share of the labels."""
+    """Weighted mean squared error of the prediction over cells and coordinates; the null label replaces a share of the labels."""
     timesteps, null = len(objective.alpha_bar), len(latents.conditions)
 
     def loss(network: Denoiser, rows: Tensor, stream: torch.Generator, share: float = 1.0) -> Tensor:
@@ -123,16 +128,9 @@ def diffusion_loss(latents: Latents, objective: Objective, label_dropout: float)
         strata = torch.randperm(n, generator=stream, device=device) + torch.rand(n, generator=stream, device=device)
         t = (strata * (timesteps / n)).long().clamp_max(timesteps - 1)
         dropped = torch.rand(n, generator=stream, device=device) < label_dropout
-        label = torch.where(dropped, null, latents.label[rows])
-        y, target = objective.noised(latents.draw(rows, noise[0]), noise[1], t)
-        table = torch.cat([network.embed(latents.conditions), network.null_label()])
-        if len(table) <= n:
-            predicted = network(y, t, table, label)
-        else:
-            predicted = network(y, t, table[label])
-        error = (predicted - target).square().mean(1)
-        weight = objective.weight(t)
-        return error.mean() if weight is None else (weight * error).mean()
+        label = torch.where(dropped, null, latents.label.index_select(0, rows))
+        y, target = objective.noised(latents, rows, noise, t)
+        return network.misfit(y, t, latents.conditions, label, target, objective.weights.index_select(0, t))
 
     return loss
 

@@ -3,7 +3,8 @@
 A small network on a CPU spends more time between its products than in them: torch passes over the batch once for each elementwise
 operation, and takes its logarithms and exponentials two to four times slower than a vector unit can. Here a row stays in the cache while
 everything is done to it. Single precision, C-contiguous numpy arrays, no threads; the callers hold the same mathematics in torch, which
-serves GPUs and other precisions and is what the tests compare with.
+serves GPUs and other precisions and is what the tests compare with. What enters or leaves a product can be bfloat16 (`wide`, `narrow`):
+its conversion costs next to nothing within a loop, and a pass over the batch outside.
 
 exp and ln are the polynomials of the Cephes library (S. Moshier; single precision, relative error about 1e-7): plain arithmetic, which the
 compiler turns into vector instructions, as it does not with calls of the C library.
@@ -13,7 +14,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 from torch import Tensor
 
 F = np.float32
@@ -34,14 +36,42 @@ def fused(*tensors: Tensor) -> bool:
 
 
 def array(tensor: Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor."""
-    return tensor.detach().numpy()
+    """The memory of a contiguous tensor; bfloat16 as the bits that it has."""
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 EXACT = {"error_model": "numpy", "fastmath": {"contract"}, "cache": _can_be_kept()}
 """Multiplications and additions may join; nothing else is reordered."""
 SUMS = {**EXACT, "fastmath": {"contract", "reassoc"}}
 """Sums in the order that vectors give them."""
+
+
+def wide(x):
+    """An element in single precision; bfloat16 is given by its bits."""
+
+
+def narrow(values, x):
+    """x as an element of `values`: where that is bfloat16 its bits, rounded to nearest even."""
+
+
+@overload(wide, inline="always")
+def _(x):
+    if x == types.uint16:
+        return lambda x: np.int32(np.int32(x) << np.int32(16)).view(np.float32)
+    return lambda x: x
+
+
+@overload(narrow, inline="always")
+def _(values, x):
+    if values.dtype != types.uint16:
+        return lambda values, x: x
+
+    def rounded(values, x):
+        bits = F(x).view(np.int32)
+        return np.uint16(np.int32(bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) >> np.int32(16))
+
+    return rounded
 
 
 @njit(inline="always", **EXACT)
@@ -119,20 +149,26 @@ def total(x):
 
 
 @njit(**SUMS)
+def square(x):
+    """Sum of squares of (n,)."""
+    out = F(0.0)
+    for j in range(x.size):
+        out += x[j] * x[j]
+    return out
+
+
+@njit(**SUMS)
 def sum_of_squares(x):
     """Of (n,), in blocks, so that single precision does."""
     out = 0.0
     for start in range(0, x.size, 4096):
-        part = F(0.0)
-        for j in range(start, min(start + 4096, x.size)):
-            part += x[j] * x[j]
-        out += part
+        out += square(x[start : start + 4096])
     return out
 
 
 @njit(**EXACT)
-def adam(values, gradient, first, second, scale, rate, beta, beta_square, correct, epsilon):
-    """Adam's update of (n,) values with moments `first` and `second`, of the gradient times scale.
+def adam(values, gradient, first, second, kept, scale, rate, beta, beta_square, correct, epsilon):
+    """Adam's update of (n,) values, `kept` of which decay leaves, with moments `first` and `second`, of the gradient times scale.
 
     rate: learning rate over 1 - beta^steps; correct: 1 / sqrt(1 - beta_square^steps).
     """
@@ -140,7 +176,7 @@ def adam(values, gradient, first, second, scale, rate, beta, beta_square, correc
         g = gradient[j] * scale
         first[j] = beta * first[j] + (F(1.0) - beta) * g
         second[j] = beta_square * second[j] + (F(1.0) - beta_square) * g * g
-        values[j] -= rate * first[j] / (np.sqrt(second[j]) * correct + epsilon)
+        values[j] = kept * values[j] - rate * first[j] / (np.sqrt(second[j]) * correct + epsilon)
 
 
 @njit(**EXACT)
@@ -182,11 +218,46 @@ def weighted(by_mean, by_r, weight, grad_mean, grad_r):
 
 
 @njit(**SUMS)
+def noised(mean, deviation, rows, noise, t, factors, y, target):
+    """Draws x of rows of N(mean, deviation^2), noised, into y, and what is to be predicted into target, each (n, d).
+
+    mean, deviation (N, d); rows, t (n,); noise (2, n, d), of the draw and of the diffusion; factors (T, 4): of x and noise in y, and of x
+    and noise in target.
+    """
+    for i in range(rows.size):
+        of_x, of_noise, x_aimed, noise_aimed = factors[t[i]]
+        centre, spread, own, other = mean[rows[i]], deviation[rows[i]], noise[0, i], noise[1, i]
+        for j in range(mean.shape[1]):
+            x = centre[j] + spread[j] * own[j]
+            y[i, j] = of_x * x + of_noise * other[j]
+            target[i, j] = x_aimed * x + noise_aimed * other[j]
+
+
+@njit(**SUMS)
+def squared_error(predicted, target, weight, grad, by_offset):
+    """Mean over rows and columns of weight (n,) times the squared error of predicted (n, d); its gradient into grad (n, d), and the sum of
+    that over rows into by_offset (d,). predicted and grad can be bfloat16."""
+    n, d = predicted.shape
+    by_offset[:] = F(0.0)
+    errors, value = np.empty(d, dtype=np.float32), 0.0
+    for i in range(n):
+        scale = F(2.0) * weight[i] / F(n * d)
+        for j in range(d):
+            error = wide(predicted[i, j]) - target[i, j]
+            errors[j] = error
+            by_row = scale * error
+            grad[i, j] = narrow(grad, by_row)
+            by_offset[j] += by_row
+        value += weight[i] * square(errors)
+    return value / (n * d)
+
+
+@njit(**SUMS)
 def modulated(x, label, index, time, at, gain, bias, epsilon, hat, inverse, out):
     """SiLU(LayerNorm(x label[index] + time)), label and time being columns `at` to at + d of wider arrays.
 
     x (n, d); label (u, S) with rows index (n,); time (n, S) or (1, S); gain, bias (d,). Into out (n, d), and for the backward pass the
-    normalised rows `hat` (n, d) and one over their standard deviation `inverse` (n,).
+    normalised rows `hat` (n, d) and one over their standard deviation `inverse` (n,). x, label, time and out can be bfloat16.
     """
     n, d = x.shape
     own = len(time) > 1
@@ -194,7 +265,7 @@ def modulated(x, label, index, time, at, gain, bias, epsilon, hat, inverse, out)
         row, moved = label[index[i], at : at + d], time[i if own else 0, at : at + d]
         mean = F(0.0)
         for j in range(d):
-            z = x[i, j] * row[j] + moved[j]
+            z = wide(x[i, j]) * wide(row[j]) + wide(moved[j])
             hat[i, j] = z
             mean += z
         mean /= F(d)
@@ -209,28 +280,29 @@ def modulated(x, label, index, time, at, gain, bias, epsilon, hat, inverse, out)
             z = hat[i, j] * scale
             hat[i, j] = z
             z = z * gain[j] + bias[j]
-            out[i, j] = z / (F(1.0) + exp(-z))
+            out[i, j] = narrow(out, z / (F(1.0) + exp(-z)))
 
 
 @njit(**SUMS)
-def modulated_backward(grad, x, label, index, at, gain, bias, hat, inverse, by_x, by_label, by_time, by_gain, by_bias, by_offset):
+def modulated_backward(grad, x, label, index, at, gain, bias, hat, inverse, by_x, by_label, by_time, by_gain, by_bias, by_offset, by_moved):
     """Backward pass of `modulated`, each row with a time of its own: grad (n, d) of its output into gradients of its inputs.
 
     by_x (n, d); by_time (n, S), its columns; by_label (u, S), its columns, to which is added; by_gain, by_bias (d,); by_offset (d,): of
-    what is added to every row of x.
+    what is added to every row of x; by_moved (S,), its columns: of what is added to every row of time. grad, x, label, by_x and by_time
+    can be bfloat16.
     """
     n, d = x.shape
     by_hat = np.empty(d, dtype=np.float32)
-    by_gain[:] = F(0.0)
-    by_bias[:] = F(0.0)
-    by_offset[:] = F(0.0)
+    of_moved = by_moved[at : at + d]
+    for sums in (by_gain, by_bias, by_offset, of_moved):
+        sums[:] = F(0.0)
     for i in range(n):
         k = index[i]
         row, of_label, of_time = label[k, at : at + d], by_label[k, at : at + d], by_time[i, at : at + d]
         first, second = F(0.0), F(0.0)
         for j in range(d):
             h = hat[i, j]
-            by_z = silu_gradient(grad[i, j], h * gain[j] + bias[j])
+            by_z = silu_gradient(wide(grad[i, j]), h * gain[j] + bias[j])
             by_gain[j] += by_z * h
             by_bias[j] += by_z
             by_z *= gain[j]
@@ -241,26 +313,29 @@ def modulated_backward(grad, x, label, index, at, gain, bias, hat, inverse, by_x
         second /= F(d)
         for j in range(d):
             by_sum = inverse[i] * (by_hat[j] - first - hat[i, j] * second)
-            of_time[j] = by_sum
-            of_label[j] += by_sum * x[i, j]
-            by_row = by_sum * row[j]
-            by_x[i, j] = by_row
+            of_time[j] = narrow(of_time, by_sum)
+            of_moved[j] += by_sum
+            of_label[j] += by_sum * wide(x[i, j])
+            by_row = by_sum * wide(row[j])
+            by_x[i, j] = narrow(by_x, by_row)
             by_offset[j] += by_row
 
 
 @njit(**SUMS)
 def silu(x, out):
-    """x / (1 + e^-x) of (n, d)."""
+    """x / (1 + e^-x) of (n, d); both can be bfloat16."""
     for i in range(len(x)):
         for j in range(x.shape[1]):
-            out[i, j] = x[i, j] / (F(1.0) + exp(-x[i, j]))
+            z = wide(x[i, j])
+            out[i, j] = narrow(out, z / (F(1.0) + exp(-z)))
 
 
 @njit(**SUMS)
 def silu_backward(grad, x, by_x, by_offset):
-    """Backward pass of `silu`: grad (n, d) into by_x (n, d), and its sum over rows into by_offset (d,)."""
+    """Backward pass of `silu`: grad (n, d) into by_x (n, d), and its sum over rows into by_offset (d,); all but that can be bfloat16."""
     by_offset[:] = F(0.0)
     for i in range(len(x)):
         for j in range(x.shape[1]):
-            by_x[i, j] = silu_gradient(grad[i, j], x[i, j])
-            by_offset[j] += by_x[i, j]
+            by_row = silu_gradient(wide(grad[i, j]), wide(x[i, j]))
+            by_x[i, j] = narrow(by_x, by_row)
+            by_offset[j] += by_row

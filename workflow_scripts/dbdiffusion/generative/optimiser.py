@@ -38,15 +38,17 @@ class AdamW:
         """One update with learning rate `rate`, of the gradients of `parameters`, in their order."""
         self.steps += 1
         torch.cat([g.reshape(-1) for g in gradients], out=self.gradient)
-        self.matrices.mul_(1 - rate * self.weight_decay)
-        correct = [1 - beta**self.steps for beta in BETAS]
+        correct, kept = [1 - beta**self.steps for beta in BETAS], 1 - rate * self.weight_decay
         if fused(self.values):
             norm = math.sqrt(kernels.sum_of_squares(array(self.gradient)))
             # As torch's own clipping: a gradient that is not finite stays so, and is noticed by the loss.
             scale = 1.0 if norm <= self.clip else self.clip / (norm + 1e-6)
-            settings = scale, rate / correct[0], *BETAS, 1 / math.sqrt(correct[1]), EPSILON
-            kernels.adam(*map(array, (self.values, self.gradient, self.first, self.second)), *map(np.float32, settings))
+            settings = [np.float32(x) for x in (scale, rate / correct[0], *BETAS, 1 / math.sqrt(correct[1]), EPSILON)]
+            whole, n = [array(x) for x in (self.values, self.gradient, self.first, self.second)], self.matrices.numel()
+            kernels.adam(*(x[:n] for x in whole), np.float32(kept), *settings)
+            kernels.adam(*(x[n:] for x in whole), np.float32(1), *settings)
             return
+        self.matrices.mul_(kept)
         self.gradient.mul_((self.clip / (torch.linalg.vector_norm(self.gradient) + 1e-6)).clamp(max=1.0))
         self.first.lerp_(self.gradient, 1 - BETAS[0])
         self.second.mul_(BETAS[1]).addcmul_(self.gradient, self.gradient, value=1 - BETAS[1])
