@@ -5,7 +5,8 @@ and samples its models side by side, each on one.
 Writes results/bench/summary.json and results/bench/growth.png. Seconds per target of the published design are its measured step times x its
 step counts (one autoencoder and one diffusion model per target; 30,000 cells of the target and of each of 5 neighbours at 1000 guided
 steps). Its quality is measured at equal budget: trained for as long as the default protocol took. Quality is that of the ten strongest
-perturbations seen in training, against cells held out of training (three of four cells), equally many of all samples; guidance as tuned.
+perturbations seen in training, against cells held out of training (three of four cells), equally many of all samples (means over samples
+of the held-out ones, since a single one's score is noisy); guidance as tuned.
 Seconds per target of this project are those of a fold: training, trials of guidance and sampling of all its models. Targets and
 pseudo-targets are taken as guided, which they are where guidance is found to help: each cell is two passes of the network a step then.
 Shares of the matrix-multiply rate: operations of a training step over its time, against the rate of products of the batch and the widest
@@ -193,16 +194,21 @@ class Judge:
         some = np.zeros_like(self.observed)
         return EffectSet(names, genes, some, self.observed, some, some, np.zeros(len(names)), self.seen[0], some[0], 1)
 
+    def compared(self, cells: np.ndarray, real: np.ndarray, n: int) -> dict[str, float]:
+        """Two-sample scores at n cells of both, the mean over disjoint samples of real ones."""
+        options = {"axes": self.axes, "bandwidth": self.bandwidth, "seed": 1}
+        samples, others = ([x[at : at + n].astype(float) for at in range(0, len(x) - n + 1, n)] for x in (cells, real))
+        rows = [distribution.compare(samples[i % len(samples)], other, **options) for i, other in enumerate(others)]
+        return pd.DataFrame(rows).mean().to_dict()
+
     def scores(self, drawn: list[np.ndarray]) -> dict[str, float]:
         """Mean two-sample scores of cells of the strongest, and of their training cells, the replicate."""
         generated, replicates = [], []
         for cells, row in zip(drawn, self.strongest, strict=True):
-            real = self.held.expression[self.held.perturbation == self.names[row]].toarray().astype(float)
-            replicate = self.train.expression[self.train.perturbation == self.names[row]].toarray().astype(float)
+            real, replicate = (part.expression[part.perturbation == self.names[row]].toarray() for part in (self.held, self.train))
             n = min(len(cells), len(replicate), len(real))
-            options = {"axes": self.axes, "bandwidth": self.bandwidth, "seed": 1}
-            generated.append(distribution.compare(cells[:n].astype(float), real[:n], **options))
-            replicates.append(distribution.compare(replicate[:n], real[:n], **options))
+            generated.append(self.compared(cells, real, n))
+            replicates.append(self.compared(replicate, real, n))
         means = pd.concat(
             [pd.DataFrame(distribution.pooled(rows)).mean().add_suffix(end) for rows, end in ((generated, ""), (replicates, "_replicate"))]
         )

@@ -4,7 +4,7 @@ scvi-tools has an environment of its own (python -m venv scvi && scvi/bin/pip in
 
     PYTHONPATH=workflow_scripts python tests/benchmarks/bench_scvi.py scvi/bin/python [seeds]
 
-Both see counts of the same genes with their batch, have negative binomial decoders with the library size observed, one hidden layer of 256
+Both see counts of the same genes with their batch, have negative binomial decoders with the library size observed, one hidden layer of 128
 and 32 latent dimensions, and stop early on a tenth of the training cells. Printed per held-out cell, in nats: -ln p(x | z) at a
 draw z of the posterior, the KL term, and their sum (the negative evidence bound); and the seconds of training.
 """
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-EPOCHS, LATENT, HIDDEN = 400, 32, 256
+EPOCHS, LATENT, HIDDEN = 400, 32, 128
 """SCVI's own default for a few thousand cells is 400 epochs; early stopping ends both sooner."""
 
 
