@@ -195,7 +195,7 @@ class Judge:
         return EffectSet(names, genes, some, self.observed, some, some, np.zeros(len(names)), self.seen[0], some[0], 1)
 
     def compared(self, cells: np.ndarray, real: np.ndarray, n: int) -> dict[str, float]:
-        """Two-sample scores at n cells of both, the mean over disjoint samples of real ones."""
+        """Two-sample scores at n cells of both, the mean over disjoint samples of real ones, each against the next one of `cells`."""
         options = {"axes": self.axes, "bandwidth": self.bandwidth, "seed": 1}
         samples, others = ([x[at : at + n].astype(float) for at in range(0, len(x) - n + 1, n)] for x in (cells, real))
         rows = [distribution.compare(samples[i % len(samples)], other, **options) for i, other in enumerate(others)]

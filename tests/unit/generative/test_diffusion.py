@@ -56,13 +56,18 @@ def test_predictions_imply_the_noise(monkeypatch, prediction: str) -> None:
     objective = Objective.make(DiffusionConfig(prediction=prediction), CPU)
     stream = torch.Generator().manual_seed(0)
     mean, deviation, noise = torch.randn(9, 3, generator=stream), torch.rand(9, 3, generator=stream), torch.randn(2, 5, 3, generator=stream)
-    latents, rows, t = Latents(mean, deviation, torch.zeros(9), torch.zeros(1, 2)), torch.tensor([0, 8, 3, 3, 1]), torch.full((5,), 400)
-    x, level = mean[rows] + deviation[rows] * noise[0], float(objective.alpha_bar[400])
+    latents, rows, t = (
+        Latents(mean, deviation, torch.zeros(9), torch.zeros(1, 2)),
+        torch.tensor([0, 8, 3, 3, 1]),
+        torch.tensor([10, 400, 900, 20, 400]),
+    )
+    x, level = mean[rows] + deviation[rows] * noise[0], objective.alpha_bar[t][:, None]
     for loop in (True, False):
         monkeypatch.setattr(diffusion, "fused", lambda *tensors, loop=loop: loop)
         y, target = objective.noised(latents, rows, noise, t)
         torch.testing.assert_close(y, level**0.5 * x + (1 - level) ** 0.5 * noise[1])
-        torch.testing.assert_close(objective.epsilon(target, y, 400), noise[1], rtol=1e-4, atol=1e-4)
+        for i, at in enumerate(t.tolist()):
+            torch.testing.assert_close(objective.epsilon(target[i], y[i], at), noise[1, i], rtol=1e-3, atol=1e-3)
 
 
 def test_min_snr_weights_are_one_weight_on_the_x0_loss() -> None:
@@ -79,22 +84,31 @@ def test_min_snr_weights_are_one_weight_on_the_x0_loss() -> None:
         torch.testing.assert_close(value, snr.clamp_max(5.0) * gap**2, rtol=1e-4, atol=1e-6)
 
 
-def test_loss_drops_labels_at_the_stated_rate_and_only_then_uses_the_null_token() -> None:
+def test_loss_drops_labels_at_the_stated_rate_and_weighs_by_timestep() -> None:
     latents = Latents(torch.zeros(4000, 6), torch.ones(4000, 6), torch.zeros(4000, dtype=torch.long), torch.zeros(1, 4))
-    objective, seen = Objective.make(DiffusionConfig(), CPU), []
+    seen = []
 
     class Spy(Denoiser):
         def misfit(self, y, t, conditions, index, target, weight):
             seen.append((index == 1).double().mean())
             assert set(t.tolist()) <= set(range(1000))
-            assert (weight == 1).all()
+            assert torch.equal(weight, objective.weights[t])
             return super().misfit(y, t, conditions, index, target, weight)
 
     made = seeded(lambda: Spy(6, 4, [8]), 0)
-    for share in (0.0, 0.2):
+    for share, gamma in ((0.0, None), (0.2, 5.0)):
+        objective = Objective.make(DiffusionConfig(min_snr_gamma=gamma), CPU)
+        assert (objective.weights == 1).all() == (gamma is None)
         diffusion_loss(latents, objective, share)(made, torch.arange(4000), torch.Generator().manual_seed(0))
     assert seen[0] == 0
     assert float(seen[1]) == pytest.approx(0.2, abs=0.03)
+
+
+@pytest.mark.parametrize("label", [-1, 1])
+def test_labels_without_condition_are_refused(label: int) -> None:
+    latents = Latents(torch.zeros(30, 6), torch.ones(30, 6), torch.full((30,), label), torch.zeros(1, 4))
+    with pytest.raises(ValueError, match="label"):
+        fit_denoiser(latents, DiffusionConfig(max_steps=1), device=CPU, seed=0)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])

@@ -97,16 +97,17 @@ def test_negative_binomial_against_torch(monkeypatch, log_r: float) -> None:
 @pytest.mark.parametrize("widths", [[16], [24, 16], [40, 32, 16, 8]])
 @pytest.mark.parametrize("null_token", ["learned", "zero"])
 @pytest.mark.parametrize("conditions", [4, 200])
-def test_denoiser_by_hand_against_autograd(monkeypatch, widths: list[int], null_token: str, conditions: int) -> None:
+@pytest.mark.parametrize(("n", "dropped"), [(60, 0), (60, 7), (1, 0), (2, 2)])
+def test_denoiser_by_hand_against_autograd(monkeypatch, widths: list[int], null_token: str, conditions: int, n: int, dropped: int) -> None:
     stream = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     network = Denoiser(7, 5, widths, null_token)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.3, generator=stream)
-    y, target = torch.randn(60, 7, generator=stream), torch.randn(60, 7, generator=stream)
-    t, weight = torch.randint(0, 1000, (60,), generator=stream), torch.rand(60, generator=stream)
-    index = torch.randint(0, conditions, (60,), generator=stream)
-    index[:7] = conditions  # The null label.
+    y, target = torch.randn(n, 7, generator=stream), torch.randn(n, 7, generator=stream)
+    t, weight = torch.randint(0, 1000, (n,), generator=stream), torch.rand(n, generator=stream)
+    index = torch.randint(0, conditions, (n,), generator=stream)
+    index[:dropped] = conditions  # The null label.
     values = torch.randn(conditions, 5, generator=stream)
     called = []
     monkeypatch.setattr(denoiser_cpu, "_block", lambda *a, block=denoiser_cpu._block: called.append(1) or block(*a))
@@ -115,21 +116,29 @@ def test_denoiser_by_hand_against_autograd(monkeypatch, widths: list[int], null_
         monkeypatch.setattr(denoiser, "fused", lambda *tensors: by_hand)
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             value = network.misfit(y, t, values, index, target, weight)
-        return [value, *torch.autograd.grad(3 * value, list(network.parameters()))]
+        return [value, *torch.autograd.grad(3 * value, list(network.parameters()), materialize_grads=True)]
 
     plain = run(False)
     assert not called
     for slow, fast in zip(plain, run(True), strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
     assert len(called) == 2 * len(widths) - 1
-    # As near to single precision as autocast is.
-    single, slow, fast = (torch.cat([part.reshape(-1) for part in parts]) for parts in (plain, run(False, True), run(True, True)))
-    assert fast.dtype == torch.float32
-    assert 0 < (fast - single).norm() <= 1.2 * (slow - single).norm()
+    # As near to single precision as autocast is, each parameter's gradient too.
+    every = plain, run(False, True), run(True, True)
+    for single, slow, fast in zip(*every, strict=True):
+        assert fast.dtype == torch.float32
+        assert (fast - single).norm() <= 3 * (slow - single).norm() + 0.03 * single.norm()
+    single, slow, fast = (torch.cat([part.reshape(-1) for part in parts]) for parts in every)
+    assert 0 < (fast - single).norm() <= (1.2 if n > 2 else 3) * (slow - single).norm()
 
 
 def test_bfloat16_in_loops_as_torch_rounds_it() -> None:
-    x = torch.cat([torch.randn(5000), torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 3e38])])
+    x = torch.cat(
+        [
+            torch.randn(5000, generator=torch.Generator().manual_seed(0)),
+            torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 3e38]),
+        ]
+    )
 
     @njit
     def loop(x, low, back):

@@ -87,7 +87,7 @@ class Denoiser(nn.Module):
 
     def misfit(self, y: Tensor, t: Tensor, conditions: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """Mean squared error of `forward` against target (n, coordinates), rows weighted by (n,), as it is trained: each row takes one of
-        the conditions (u, condition) by index (n,), the null label where that is u. Scalar.
+        the conditions (u, condition) by index (n,), the null label where that is u. Scalar; only parameters have gradients.
         """
         if fused(y, conditions, target, weight):
             return self._misfit_by_hand(y, t, conditions, index, target, weight)

@@ -2,7 +2,7 @@
 
 The same mathematics as `denoiser.Denoiser`, which is the definition: products by torch, all between two products in one loop each
 (`kernels`), and no graph in between, which costs as much as a small network's products. Under autocast products are of bfloat16, and so is
-what goes into and comes out of them; the rest is in single precision.
+what goes into and comes out of them, sums with skips included; what is in between is in single precision.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Pass(torch.autograd.Function):
     (n, width) and conditions (u, condition), of which each row takes one by index (n,).
 
     weight: (n,); levels: number of blocks on the way down; sizes: widths of all blocks; half: products of bfloat16; null: the embedding of
-    index u, or None where that is a condition; given: weight and bias of both layers of the time and time_out, both of the label and
-    label_out, linear and norm of each block, out. Gradients of null and of these.
+    index u, or None where the last condition stands for it; given: weight and bias of both layers of the time and time_out, both of the
+    label and label_out, linear and norm of each block, out. Gradients of null and of these.
     """
 
     @staticmethod

@@ -153,7 +153,12 @@ def diffusion_validation(latents: Latents, objective: Objective, rows: np.ndarra
 def fit_denoiser(
     latents: Latents, config: DiffusionConfig, *, device: torch.device, seed: int, scratch: str | Path | None = None, on_step=None
 ) -> tuple[Denoiser, Fitted]:
-    """Train on the latents; the network comes back on the device in evaluation mode with its averaged weights."""
+    """Train on the latents; the network comes back on the device in evaluation mode with its averaged weights.
+
+    Raises ValueError for labels without a condition.
+    """
+    if not bool(((latents.label >= 0) & (latents.label < len(latents.conditions))).all()):
+        raise ValueError(f"every label must be one of the {len(latents.conditions)} conditions")
     coordinates, condition = latents.mean.shape[1], latents.conditions.shape[1]
     shape = (coordinates, condition, config.widths, config.null_token, config.timesteps)
     network = seeded(lambda: Denoiser(*shape), derive_seed(seed, "diffusion", "weights"))

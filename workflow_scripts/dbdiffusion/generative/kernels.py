@@ -76,7 +76,7 @@ def _(values, x):
 
 @njit(inline="always", **EXACT)
 def exp(x):
-    """e^x; 0 below -87, and the largest power of two there is above 88."""
+    """e^x, of x between -87.3 and 88.3: beyond, that of the limit."""
     x = min(max(x, F(-87.3)), F(88.3))
     k = np.floor(x * F(1.44269504) + F(0.5))
     r = x - k * F(0.693359375)
