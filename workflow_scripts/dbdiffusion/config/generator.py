@@ -18,7 +18,7 @@ class VaeConfig(Block):
     """Decoder: negative binomial on counts with the library size (zeros and variances as in real cells), or gaussian on log-normalised
     expression."""
     hidden: list[int] = Field([128], min_length=1)
-    """Widths of the hidden layers, encoder order."""
+    """Widths of the hidden layers, encoder order. Wider ones overfit some thousand cells; their held-out loss (training.png) tells."""
     latent: int = Field(32, ge=2)
     """Latent dimensions."""
     activation: Literal["silu", "prelu", "relu"] = "silu"
