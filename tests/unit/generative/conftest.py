@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,3 +114,9 @@ def make_cells(n: int = 300, genes: int = 30, batches: int = 2, seed: int = 0) -
 @pytest.fixture(scope="session")
 def toy() -> Cells:
     return make_cells()
+
+
+@pytest.fixture(scope="session")
+def toy_of() -> Callable[[int], Cells]:
+    """The same with a given number of batches."""
+    return lambda batches: make_cells(batches=batches)

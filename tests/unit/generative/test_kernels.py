@@ -10,10 +10,9 @@ from scipy import special
 from torch import nn
 
 from dbdiffusion.config.generator import VaeConfig
-from dbdiffusion.generative import denoiser, denoiser_cpu, kernels, likelihood, optimiser, training
+from dbdiffusion.generative import denoiser, denoiser_cpu, kernels, optimiser, training
 from dbdiffusion.generative.denoiser import Denoiser
 from dbdiffusion.generative.kernels import array
-from dbdiffusion.generative.likelihood import nb_negative_log_likelihood
 from dbdiffusion.generative.optimiser import AdamW
 
 
@@ -70,28 +69,6 @@ def test_exponential_and_logarithms_at_their_edges() -> None:
 def test_sum_of_squares_of_many() -> None:
     x = np.random.default_rng(0).normal(size=300_001).astype(np.float32)
     assert kernels.sum_of_squares(x) == pytest.approx(float((x.astype(float) ** 2).sum()), rel=1e-6)
-
-
-@pytest.mark.parametrize("log_r", [-3.0, 1.0, likelihood.LARGEST_LOG_R])
-def test_negative_binomial_against_torch(monkeypatch, log_r: float) -> None:
-    stream = torch.Generator().manual_seed(0)
-    counts = torch.poisson(5 * torch.rand(30, 37, generator=stream), generator=stream)
-    start, size = torch.randn(30, 37, generator=stream), torch.randn(30, generator=stream)
-    weight = torch.rand(30, generator=stream)
-
-    def run(kind: torch.dtype, loop: bool) -> list[torch.Tensor]:
-        monkeypatch.setattr(likelihood, "fused", lambda *tensors: loop)
-        rate = start.to(kind).requires_grad_()
-        r = torch.linspace(log_r - 1, log_r, 37).to(kind).requires_grad_()
-        value = nb_negative_log_likelihood(counts.to(kind), rate, size.to(kind), r)
-        return [part.detach().double() for part in (value, *torch.autograd.grad((weight.to(kind) * value).sum(), (rate, r)))]
-
-    # Of large r single precision tells little: ln Gamma of it is a large number, and nothing depends on it.
-    for fast, slow, exact in zip(run(torch.float32, True), run(torch.float32, False), run(torch.float64, False), strict=True):
-        assert (fast - exact).norm() <= 2 * (slow - exact).norm() + 1e-5 * exact.norm()
-        assert not torch.equal(fast, slow)
-    monkeypatch.undo()
-    assert likelihood.fused(counts, start, size)
 
 
 @pytest.mark.parametrize("widths", [[16], [24, 16], [40, 32, 16, 8]])

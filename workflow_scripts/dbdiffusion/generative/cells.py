@@ -36,6 +36,12 @@ class Matrix:
             return self._dense.index_select(0, rows)
         return torch.from_numpy(self._sparse[rows.cpu().numpy()].toarray()).to(self.device)
 
+    def held(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A dense matrix, and where rows (b,) are in it: without a copy where all is held dense."""
+        if self._dense is not None:
+            return self._dense, rows
+        return self[rows], torch.arange(len(rows), device=self.device)
+
 
 @dataclass(frozen=True)
 class Cells:

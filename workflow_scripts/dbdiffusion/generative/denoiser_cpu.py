@@ -1,22 +1,65 @@
 """The denoiser on a CPU, forward and backward by hand.
 
 The same mathematics as `denoiser.Denoiser`, which is the definition: products by torch, all between two products in one loop each
-(`kernels`), and no graph in between, which costs as much as a small network's products. Under autocast products are of bfloat16, and so is
+(here and in `kernels`), and no graph in between, which costs as much as a small network's products. Under autocast products are of bfloat16, and so is
 what goes into and comes out of them, sums with skips included; what is in between is in single precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from dbdiffusion.generative import kernels
-from dbdiffusion.generative.kernels import array
+from dbdiffusion.generative.kernels import SUMS, F, array, norm_silu, norm_silu_backward, narrow, wide
+from dbdiffusion.generative.linear_cpu import Linear
+
+
+@njit(**SUMS)
+def _modulated(x, label, index, time, at, gain, bias, epsilon, hat, inverse, out):
+    """SiLU(LayerNorm(x label[index] + time)), label and time being columns `at` to at + d of wider arrays.
+
+    x (n, d); label (u, S) with rows index (n,); time (n, S) or (1, S); gain, bias (d,). Into out (n, d), and for the backward pass the
+    normalised rows `hat` (n, d) and one over their standard deviation `inverse` (n,). x, label, time and out can be bfloat16.
+    """
+    n, d = x.shape
+    own = len(time) > 1
+    for i in range(n):
+        row, moved = label[index[i], at : at + d], time[i if own else 0, at : at + d]
+        for j in range(d):
+            hat[i, j] = wide(x[i, j]) * wide(row[j]) + wide(moved[j])
+        inverse[i] = norm_silu(hat[i], gain, bias, epsilon, out[i])
+
+
+@njit(**SUMS)
+def _modulated_backward(grad, x, label, index, at, gain, bias, hat, inverse, by_x, by_label, by_time, by_gain, by_bias, by_offset, by_moved):
+    """Backward pass of `_modulated`, each row with a time of its own: grad (n, d) of its output into gradients of its inputs.
+
+    by_x (n, d); by_time (n, S), its columns; by_label (u, S), its columns, to which is added; by_gain, by_bias (d,); by_offset (d,): of
+    what is added to every row of x; by_moved (S,), its columns: of what is added to every row of time. grad, x, label, by_x and by_time
+    can be bfloat16.
+    """
+    n, d = x.shape
+    by_sum = np.empty(d, dtype=np.float32)
+    of_moved = by_moved[at : at + d]
+    for sums in (by_gain, by_bias, by_offset, of_moved):
+        sums[:] = F(0.0)
+    for i in range(n):
+        k = index[i]
+        row, of_label, of_time = label[k, at : at + d], by_label[k, at : at + d], by_time[i, at : at + d]
+        norm_silu_backward(grad[i], hat[i], inverse[i], gain, bias, by_sum, by_gain, by_bias)
+        for j in range(d):
+            of_time[j] = narrow(of_time, by_sum[j])
+            of_moved[j] += by_sum[j]
+            of_label[j] += by_sum[j] * wide(x[i, j])
+            by_row = by_sum[j] * wide(row[j])
+            by_x[i, j] = narrow(by_x, by_row)
+            by_offset[j] += by_row
 
 
 def modulated(x: Tensor, label: Tensor, time: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -30,38 +73,17 @@ def modulated(x: Tensor, label: Tensor, time: Tensor, norm: nn.LayerNorm) -> Ten
 def _block(
     x: Tensor, label: Tensor, index: Tensor, time: Tensor, at: int, gain: Tensor, bias: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalised rows and inverse standard deviations of `kernels.modulated`."""
+    """Output, normalised rows and inverse standard deviations of `_modulated`."""
     made = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32), x.new_empty(len(x), dtype=torch.float32)
     out, hat, inverse = map(array, made)
-    kernels.modulated(*map(array, (x, label, index, time)), at, array(gain), array(bias), np.float32(epsilon), hat, inverse, out)
+    _modulated(*map(array, (x, label, index, time)), at, array(gain), array(bias), np.float32(epsilon), hat, inverse, out)
     return made
-
-
-@dataclass
-class _Linear:
-    """y = x W' + b, and what its backward pass needs. half: products of bfloat16."""
-
-    weight: Tensor
-    bias: Tensor
-    half: bool
-
-    def low(self, x: Tensor) -> Tensor:
-        return x.bfloat16() if self.half else x
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.x, self.w = self.low(x), self.low(self.weight)
-        return torch.addmm(self.low(self.bias), self.x, self.w.t())
-
-    def backward(self, grad: Tensor, wanted: bool = True) -> tuple[Tensor | None, Tensor]:
-        """Gradients of x (None unless wanted) and of the weight; that of the bias is the sum of grad's rows."""
-        grad = self.low(grad)
-        return torch.mm(grad, self.w) if wanted else None, torch.mm(grad.t(), self.x).float()
 
 
 class _Chain:
     """Linear layers with SiLU in between."""
 
-    def __init__(self, *linears: _Linear) -> None:
+    def __init__(self, *linears: Linear) -> None:
         self.linears = linears
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -112,13 +134,13 @@ class Pass(torch.autograd.Function):
         *given: Tensor,
     ) -> Tensor:
         values = iter(given)
-        time, embed = (_Chain(*(_Linear(next(values), next(values), half) for _ in range(n))) for n in (3, 2))
-        label_out = _Linear(next(values), next(values), half)
+        time, embed = (_Chain(*(Linear(next(values), next(values), half) for _ in range(n))) for n in (3, 2))
+        label_out = Linear(next(values), next(values), half)
         times, table = time(waves), embed(conditions)
         labels = label_out(table if null is None else torch.cat([table, null[None].to(table.dtype)]))
         blocks, outputs, at = [], [], 0
         for i, size in enumerate(sizes):
-            linear, gain, bias = _Linear(next(values), next(values), half), next(values), next(values)
+            linear, gain, bias = Linear(next(values), next(values), half), next(values), next(values)
             x = linear(outputs[-1] if outputs else y)
             out, hat, inverse = _block(x, labels, index, times, at, gain, bias, epsilon)
             if i >= levels:
@@ -126,7 +148,7 @@ class Pass(torch.autograd.Function):
             outputs.append(out)
             blocks.append((linear, x, gain, bias, hat, inverse))
             at += size
-        out = _Linear(next(values), next(values), half)
+        out = Linear(next(values), next(values), half)
         predicted = out(outputs[-1])
         ctx.grad, ctx.by_offset = torch.empty_like(predicted), target.new_empty(target.shape[1])
         value = kernels.squared_error(*map(array, (predicted, target, weight, ctx.grad, ctx.by_offset)))
@@ -152,7 +174,7 @@ class Pass(torch.autograd.Function):
             at -= sizes[i]
             by_x, (by_gain, by_bias, by_offset) = torch.empty_like(x), (torch.empty_like(gain) for _ in range(3))
             known, wanted = (gain, bias, hat, inverse), (by_x, by_labels, by_times, by_gain, by_bias, by_offset, by_moved)
-            kernels.modulated_backward(*map(array, (grad, x, ctx.labels, ctx.index)), at, *map(array, (*known, *wanted)))
+            _modulated_backward(*map(array, (grad, x, ctx.labels, ctx.index)), at, *map(array, (*known, *wanted)))
             grad, by_weight = linear.backward(by_x, i > 0)
             of_blocks[:0] = [by_weight, by_offset, by_gain, by_bias]
         by_table, by_label_weight = ctx.label_out.backward(by_labels)

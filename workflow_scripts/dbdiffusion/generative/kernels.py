@@ -179,44 +179,6 @@ def adam(values, gradient, first, second, kept, scale, rate, beta, beta_square, 
         values[j] = kept * values[j] - rate * first[j] / (np.sqrt(second[j]) * correct + epsilon)
 
 
-@njit(**EXACT)
-def negative_binomial(counts, log_rate, log_size, log_r, largest_gap, value, by_mean, by_r):
-    """-ln NB of each cell (n,) into `value`, and its derivatives by ln mean and ln r (n, G) into `by_mean` and `by_r`.
-
-    counts, log_rate (n, G); log_size (n,); log_r (G,). Formulas: `likelihood._NegativeBinomial`.
-    """
-    n, genes = counts.shape
-    r, at_r, slope_r, each = np.empty_like(log_r), np.empty_like(log_r), np.empty_like(log_r), np.empty_like(log_r)
-    for j in range(genes):
-        r[j] = exp(log_r[j])
-        at_r[j], slope_r[j] = log_gamma_and_digamma(r[j])
-    for i in range(n):
-        for j in range(genes):
-            c = counts[i, j]
-            every = c + r[j]
-            gap = min(log_rate[i, j] + (log_size[i] - log_r[j]), largest_gap)
-            u = exp(gap)
-            excess = log1p(u)
-            at_every, slope = log_gamma_and_digamma(every)
-            each[j] = at_r[j] - at_every + every * excess - c * gap
-            slope_mean = u / (u + F(1.0)) * every - c
-            by_mean[i, j] = slope_mean
-            by_r[i, j] = (excess + slope_r[j] - slope) * r[j] - slope_mean
-        value[i] = total(each)
-
-
-@njit(**EXACT)
-def weighted(by_mean, by_r, weight, grad_mean, grad_r):
-    """Chain rule of `negative_binomial`: weight (n,) times by_mean into grad_mean (n, G), and weight @ by_r into grad_r (G,)."""
-    n, genes = by_mean.shape
-    grad_r[:] = F(0.0)
-    for i in range(n):
-        w = weight[i]
-        for j in range(genes):
-            grad_mean[i, j] = w * by_mean[i, j]
-            grad_r[j] += w * by_r[i, j]
-
-
 @njit(**SUMS)
 def noised(mean, deviation, rows, noise, t, factors, y, target):
     """Draws x of rows of N(mean, deviation^2), noised, into y, and what is to be predicted into target, each (n, d).
@@ -253,75 +215,6 @@ def squared_error(predicted, target, weight, grad, by_offset):
 
 
 @njit(**SUMS)
-def modulated(x, label, index, time, at, gain, bias, epsilon, hat, inverse, out):
-    """SiLU(LayerNorm(x label[index] + time)), label and time being columns `at` to at + d of wider arrays.
-
-    x (n, d); label (u, S) with rows index (n,); time (n, S) or (1, S); gain, bias (d,). Into out (n, d), and for the backward pass the
-    normalised rows `hat` (n, d) and one over their standard deviation `inverse` (n,). x, label, time and out can be bfloat16.
-    """
-    n, d = x.shape
-    own = len(time) > 1
-    for i in range(n):
-        row, moved = label[index[i], at : at + d], time[i if own else 0, at : at + d]
-        mean = F(0.0)
-        for j in range(d):
-            z = wide(x[i, j]) * wide(row[j]) + wide(moved[j])
-            hat[i, j] = z
-            mean += z
-        mean /= F(d)
-        square = F(0.0)
-        for j in range(d):
-            z = hat[i, j] - mean
-            hat[i, j] = z
-            square += z * z
-        scale = F(1.0) / np.sqrt(square / F(d) + epsilon)
-        inverse[i] = scale
-        for j in range(d):
-            z = hat[i, j] * scale
-            hat[i, j] = z
-            z = z * gain[j] + bias[j]
-            out[i, j] = narrow(out, z / (F(1.0) + exp(-z)))
-
-
-@njit(**SUMS)
-def modulated_backward(grad, x, label, index, at, gain, bias, hat, inverse, by_x, by_label, by_time, by_gain, by_bias, by_offset, by_moved):
-    """Backward pass of `modulated`, each row with a time of its own: grad (n, d) of its output into gradients of its inputs.
-
-    by_x (n, d); by_time (n, S), its columns; by_label (u, S), its columns, to which is added; by_gain, by_bias (d,); by_offset (d,): of
-    what is added to every row of x; by_moved (S,), its columns: of what is added to every row of time. grad, x, label, by_x and by_time
-    can be bfloat16.
-    """
-    n, d = x.shape
-    by_hat = np.empty(d, dtype=np.float32)
-    of_moved = by_moved[at : at + d]
-    for sums in (by_gain, by_bias, by_offset, of_moved):
-        sums[:] = F(0.0)
-    for i in range(n):
-        k = index[i]
-        row, of_label, of_time = label[k, at : at + d], by_label[k, at : at + d], by_time[i, at : at + d]
-        first, second = F(0.0), F(0.0)
-        for j in range(d):
-            h = hat[i, j]
-            by_z = silu_gradient(wide(grad[i, j]), h * gain[j] + bias[j])
-            by_gain[j] += by_z * h
-            by_bias[j] += by_z
-            by_z *= gain[j]
-            by_hat[j] = by_z
-            first += by_z
-            second += by_z * h
-        first /= F(d)
-        second /= F(d)
-        for j in range(d):
-            by_sum = inverse[i] * (by_hat[j] - first - hat[i, j] * second)
-            of_time[j] = narrow(of_time, by_sum)
-            of_moved[j] += by_sum
-            of_label[j] += by_sum * wide(x[i, j])
-            by_row = by_sum * wide(row[j])
-            by_x[i, j] = narrow(by_x, by_row)
-            by_offset[j] += by_row
-
-
-@njit(**SUMS)
 def silu(x, out):
     """x / (1 + e^-x) of (n, d); both can be bfloat16."""
     for i in range(len(x)):
@@ -339,3 +232,44 @@ def silu_backward(grad, x, by_x, by_offset):
             by_row = silu_gradient(wide(grad[i, j]), wide(x[i, j]))
             by_x[i, j] = narrow(by_x, by_row)
             by_offset[j] += by_row
+
+
+@njit(**SUMS)
+def norm_silu(x, gain, bias, epsilon, out):
+    """SiLU(LayerNorm(x)) of a row (d,) into out, which can be bfloat16; x becomes the normalised row. Returns one over x's standard
+    deviation."""
+    d = F(x.size)
+    mean, square = total(x) / d, F(0.0)
+    for j in range(x.size):
+        z = x[j] - mean
+        x[j] = z
+        square += z * z
+    scale = F(1.0) / np.sqrt(square / d + epsilon)
+    for j in range(x.size):
+        z = x[j] * scale
+        x[j] = z
+        z = z * gain[j] + bias[j]
+        out[j] = narrow(out, z / (F(1.0) + exp(-z)))
+    return scale
+
+
+@njit(**SUMS)
+def norm_silu_backward(grad, hat, inverse, gain, bias, by_x, by_gain, by_bias):
+    """Backward pass of `norm_silu`: grad (d,), which can be bfloat16, of its output into by_x (d,); by_gain, by_bias (d,) are added to.
+
+    hat, inverse: the normalised row and one over its standard deviation.
+    """
+    d, first, second = F(hat.size), F(0.0), F(0.0)
+    for j in range(hat.size):
+        h = hat[j]
+        by_z = silu_gradient(wide(grad[j]), h * gain[j] + bias[j])
+        by_gain[j] += by_z * h
+        by_bias[j] += by_z
+        by_z *= gain[j]
+        by_x[j] = by_z
+        first += by_z
+        second += by_z * h
+    first /= d
+    second /= d
+    for j in range(hat.size):
+        by_x[j] = inverse * (by_x[j] - first - hat[j] * second)

@@ -16,8 +16,6 @@ from scipy.stats import poisson
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dbdiffusion.generative import kernels
-from dbdiffusion.generative.kernels import array, fused
 
 LARGEST_LOG_R = 10.0
 """ln r of a distribution that is Poisson for all purposes; beyond, single precision would lose the difference."""
@@ -51,12 +49,6 @@ class _NegativeBinomial(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, counts: Tensor, log_rate: Tensor, log_size: Tensor, log_r: Tensor) -> Tensor:
-        if fused(counts, log_rate, log_size, log_r):
-            known, made = (counts, log_rate, log_size, log_r), (log_size, log_rate, log_rate)
-            value, by_mean, by_r = made = tuple(map(torch.empty_like, made))
-            kernels.negative_binomial(*(array(x.contiguous()) for x in known), np.float32(LARGEST_GAP), *map(array, made))
-            ctx.save_for_backward(by_mean, by_r)
-            return value
         r, wanted = torch.exp(log_r), any(ctx.needs_input_grad)
         total, gap = counts + r, (log_rate + (log_size[:, None] - log_r)).clamp_(max=LARGEST_GAP)
         u = torch.exp(gap)
@@ -74,10 +66,6 @@ class _NegativeBinomial(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None, Tensor]:
         by_mean, by_r = ctx.saved_tensors
-        if fused(by_mean, by_r, grad):
-            grad_mean, grad_r = torch.empty_like(by_mean), by_r.new_empty(by_r.shape[1])
-            kernels.weighted(*map(array, (by_mean, by_r, grad.contiguous(), grad_mean, grad_r)))
-            return None, grad_mean, None, grad_r
         return None, by_mean * grad[:, None], None, grad @ by_r
 
 

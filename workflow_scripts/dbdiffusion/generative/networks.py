@@ -40,6 +40,12 @@ class BatchLinear(nn.Linear):
         return torch.addmm(nn.functional.embedding(batch, self.of_batch + self.bias), x, self.weight.t())
 
 
+def parameters_of(part: nn.Module) -> list[nn.Parameter | None]:
+    """Weight and bias of a linear layer or a norm, the former followed by its intercepts by batch, None where there are none."""
+    values = [part.weight, part.bias]
+    return [*values, getattr(part, "of_batch", None)] if isinstance(part, nn.Linear) else values
+
+
 class Trunk(nn.ModuleList):
     """Hidden layers one after another, the first of which knows the batch."""
 

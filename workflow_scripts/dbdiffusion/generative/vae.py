@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from dbdiffusion.config.generator import VaeConfig
 from dbdiffusion.data.sets import EffectSet
-from dbdiffusion.generative import checkpoint
+from dbdiffusion.generative import checkpoint, vae_cpu
 from dbdiffusion.generative.cells import TARGET_SUM, Cells, Matrix, load_cells
-from dbdiffusion.generative.likelihood import LARGEST_LOG_R, expected_log1p, nb_negative_log_likelihood
-from dbdiffusion.generative.networks import BatchLinear, seeded, trunk
+from dbdiffusion.generative.kernels import fused
+from dbdiffusion.generative.likelihood import LARGEST_GAP, LARGEST_LOG_R, expected_log1p, nb_negative_log_likelihood
+from dbdiffusion.generative.networks import BatchLinear, parameters_of, seeded, trunk
 from dbdiffusion.generative.training import Fitted, Plan, fit, split_rows, training_record
 from dbdiffusion.runtime.device import resolve_device
 from dbdiffusion.runtime.errors import UserError
@@ -40,6 +41,8 @@ LIBRARY_LIMIT = (-4.0, 4.0)
 """Range of generated library sizes, in standard deviations of their logarithm."""
 LOG_RATE_LIMIT = (-12.0, 10.0)
 """Range of the decoder's ln CP10k: e^10 is 22,000 of 10,000 counts."""
+LOG_VARIANCE_LIMIT = (-12.0, 6.0)
+"""Range of the posterior's log variance."""
 
 
 class CellVae(nn.Module):
@@ -106,14 +109,18 @@ class CellVae(nn.Module):
         self.latent_mean.zero_()
         self.latent_sd.fill_(1.0)
 
+    def input_scale(self) -> tuple[Tensor, Tensor]:
+        """Factor and offset (G,) of the encoder's input."""
+        factor = self.input_sd.reciprocal()
+        return factor, -self.input_mean * factor
+
     def encode(self, expression: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
         """ln(1 + CP10k) (n, G) to the latent's mean and log variance, each (n, latent); the autoencoder's log variance is -inf."""
-        inverse = self.input_sd.reciprocal()
-        scaled = torch.addcmul(-self.input_mean * inverse, expression, inverse)
-        out = self.to_latent(self.encoder(scaled, batch)).float()
+        factor, offset = self.input_scale()
+        out = self.to_latent(self.encoder(torch.addcmul(offset, expression, factor), batch)).float()
         if self.variational:
             mean, log_variance = out.chunk(2, dim=1)
-            return mean, log_variance.clamp(-12.0, 6.0)
+            return mean, log_variance.clamp(*LOG_VARIANCE_LIMIT)
         mean = F.normalize(out, dim=1)
         return mean, torch.full_like(mean, -math.inf)
 
@@ -133,6 +140,26 @@ class CellVae(nn.Module):
         if not self.counts:
             return 0.5 * ((decoded - observed).square() * torch.exp(-self.spread) + self.spread).sum(1)
         return nb_negative_log_likelihood(observed, decoded, log_library - math.log(TARGET_SUM), self.log_r)
+
+    def negative_bound(self, data: CellTensors, rows: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
+        """Negative log-likelihood of rows (n,) of the data at draws of their posteriors with noise (n, latent), and kl_weight times the KL
+        term: mean over cells, per gene; scalar."""
+        if self.config.norm == "layer" and self.config.activation == "silu" and fused(noise, self.spread):
+            return self._negative_bound_by_hand(data, rows, noise, kl_weight)
+        expression, observed, log_library, batch = data.rows(rows)
+        mean, log_variance = self.encode(expression, batch)
+        decoded = self.decode(mean + noise * torch.exp(0.5 * log_variance), batch)
+        misfit = self.negative_log_likelihood(decoded, observed, log_library).mean()
+        return (misfit + kl_weight * kl_to_standard_normal(mean, log_variance, self.config.free_bits)) / self.genes
+
+    def _negative_bound_by_hand(self, data: CellTensors, rows: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
+        """`negative_bound` without a graph in between."""
+        gap, half = LARGEST_GAP if self.counts else None, torch.is_autocast_enabled("cpu")
+        shape = vae_cpu.Shape(len(self.config.hidden), LOG_VARIANCE_LIMIT, gap, half, self.encoder[1].eps)
+        weights = kl_weight, self.config.free_bits, shape, self.log_r if self.counts else self.spread
+        parts = [*self.encoder, self.to_latent, *self.decoder, self.to_genes]
+        parameters = [value for part in parts if not isinstance(part, nn.SiLU) for value in parameters_of(part)]
+        return vae_cpu.Pass.apply(data.seen(rows), noise, *self.input_scale(), *weights, *parameters)
 
     def standardised(self, latent: Tensor, log_library: Tensor, batch: Tensor) -> Tensor:
         """Latent (n, latent) in units of its training standard deviation, with the library coordinate for counts: (n, coordinates)."""
@@ -216,21 +243,24 @@ class CellTensors:
         observed = expression if self.observed is self.expression else self.observed[rows]
         return expression, observed, self.log_library[rows], self.batch[rows]
 
+    def seen(self, rows: Tensor) -> vae_cpu.Seen:
+        """The same without a copy of rows that are held dense."""
+        expression, at = self.expression.held(rows)
+        observed = expression if self.observed is self.expression else self.observed.held(rows)[0]
+        return vae_cpu.Seen(at, expression, observed, self.log_library[rows] - math.log(TARGET_SUM), self.batch[rows])
+
 
 def vae_loss(data: CellTensors, config: VaeConfig):
     """The training loss per gene: negative log-likelihood + warmed-up weight x KL."""
 
     def loss(network: CellVae, rows: Tensor, stream: torch.Generator | None, share: float) -> Tensor:
-        expression, observed, log_library, batch = data.rows(rows)
-        mean, log_variance = network.encode(expression, batch)
         if not network.variational:
+            expression, observed, log_library, batch = data.rows(rows)
+            mean, _ = network.encode(expression, batch)
             return network.negative_log_likelihood(network.decode(mean, batch), observed, log_library).mean() / network.genes
-        noise = torch.randn(mean.shape, generator=stream, device=mean.device)
-        latent = mean + noise * torch.exp(0.5 * log_variance)
-        misfit = network.negative_log_likelihood(network.decode(latent, batch), observed, log_library).mean()
+        noise = torch.randn((len(rows), network.latent), generator=stream, device=rows.device)
         warm = min(1.0, share / config.kl_warmup_share) if config.kl_warmup_share > 0 else 1.0
-        weighted = config.kl_weight * warm * kl_to_standard_normal(mean, log_variance, config.free_bits)
-        return (misfit + weighted) / network.genes
+        return network.negative_bound(data, rows, noise, config.kl_weight * warm)
 
     return loss
 
