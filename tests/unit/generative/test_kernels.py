@@ -87,7 +87,7 @@ def test_denoiser_by_hand_against_autograd(monkeypatch, widths: list[int], null_
     index[:dropped] = conditions  # The null label.
     values = torch.randn(conditions, 5, generator=stream)
     called = []
-    monkeypatch.setattr(denoiser_cpu, "_block", lambda *a, block=denoiser_cpu._block: called.append(1) or block(*a))
+    monkeypatch.setattr(denoiser_cpu, "_modulated", lambda *a, loop=denoiser_cpu._modulated: called.append(1) or loop(*a))
 
     def run(by_hand: bool, half: bool = False) -> list[torch.Tensor]:
         monkeypatch.setattr(denoiser, "fused", lambda *tensors: by_hand)

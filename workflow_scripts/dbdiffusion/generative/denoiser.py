@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from dbdiffusion.generative import denoiser_cpu
+from dbdiffusion.generative.by_hand import Kept, Value, differentiable
 from dbdiffusion.generative.kernels import fused
 from dbdiffusion.generative.networks import timestep_embedding
 
@@ -56,6 +58,7 @@ class Denoiser(nn.Module):
         self.out = nn.Linear(widths[0], coordinates)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
+        self._kept = Kept()
 
     def embed(self, condition: Tensor) -> Tensor:
         """Conditions (u, condition) to label embeddings (u, width)."""
@@ -102,9 +105,18 @@ class Denoiser(nn.Module):
         if len(conditions) >= len(y):
             taken, index = index.unique(return_inverse=True)
             conditions = conditions[taken[taken < len(conditions)]]
+        shape, half = (len(self.down), self.sizes, self.null is not None), torch.is_autocast_enabled("cpu")
+        size = len(y), len(conditions)
+
+        def made(values: list[Value | None]) -> denoiser_cpu.Misfit:
+            return denoiser_cpu.Misfit(values, *size, *shape, half, self.down[0].norm.eps)
+
+        step = self._kept.step(made, self._in_order, *size, half)
+        return differentiable(step, y, self.waves.index_select(0, t), conditions, index, target, weight)
+
+    @cached_property
+    def _in_order(self) -> list[nn.Parameter]:
+        """Parameters as the pass by hand takes them."""
         linears = [self.time[0], self.time[2], self.time_out, self.label[0], self.label[2], self.label_out]
         pairs = [*linears, *(part for block in (*self.down, *self.up) for part in (block.linear, block.norm)), self.out]
-        parameters = [value for part in pairs for value in (part.weight, part.bias)]
-        shape = len(self.down), self.sizes, torch.is_autocast_enabled("cpu"), self.down[0].norm.eps
-        rows = y, self.waves.index_select(0, t), conditions, index, target, weight
-        return denoiser_cpu.Pass.apply(*rows, *shape, self.null, *parameters)
+        return [value for part in pairs for value in (part.weight, part.bias)] + ([] if self.null is None else [self.null])

@@ -1,52 +1,53 @@
 """The denoiser on a CPU, forward and backward by hand.
 
-The same mathematics as `denoiser.Denoiser`, which is the definition: products by torch, all between two products in one loop each
-(here and in `kernels`), and no graph in between, which costs as much as a small network's products. Under autocast products are of bfloat16, and so is
-what goes into and comes out of them, sums with skips included; what is in between is in single precision.
+The same mathematics as `denoiser.Denoiser`, which is the definition: products by torch, all between two products in one loop each (here and
+in `kernels`), and no graph in between, which costs as much as a small network's products. Under autocast products are of bfloat16, and so
+is what goes into and comes out of them, sums with skips included; what is in between is in single precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from dbdiffusion.generative import kernels
-from dbdiffusion.generative.kernels import SUMS, F, array, norm_silu, norm_silu_backward, narrow, wide
-from dbdiffusion.generative.linear_cpu import Linear
+from dbdiffusion.generative.by_hand import Both, Linear, Step, Value, empty, low
+from dbdiffusion.generative.kernels import SUMS, F, array, narrow, norm_silu, norm_silu_backward, wide
 
 
 @njit(**SUMS)
-def _modulated(x, label, index, time, at, gain, bias, epsilon, hat, inverse, out):
-    """SiLU(LayerNorm(x label[index] + time)), label and time being columns `at` to at + d of wider arrays.
+def _modulated(x, offset, label, label_offset, index, time, time_offset, at, gain, bias, epsilon, hat, inverse, out):
+    """SiLU(LayerNorm((x + offset) label[index] + time)), label and time being columns `at` to at + d of wider arrays.
 
-    x (n, d); label (u, S) with rows index (n,); time (n, S) or (1, S); gain, bias (d,). Into out (n, d), and for the backward pass the
-    normalised rows `hat` (n, d) and one over their standard deviation `inverse` (n,). x, label, time and out can be bfloat16.
+    x (n, d); label (u, S) with rows index (n,); time (n, S) or (1, S); offset (d,), label_offset and time_offset (S,): added to every row
+    of these; gain, bias (d,). Into out (n, d), and for the backward pass `hat` (n, d) and `inverse` (n,) of `norm_silu`. x, label, time
+    and out can be bfloat16.
     """
     n, d = x.shape
-    own = len(time) > 1
+    own, of_label, of_time = len(time) > 1, label_offset[at : at + d], time_offset[at : at + d]
     for i in range(n):
         row, moved = label[index[i], at : at + d], time[i if own else 0, at : at + d]
         for j in range(d):
-            hat[i, j] = wide(x[i, j]) * wide(row[j]) + wide(moved[j])
+            hat[i, j] = (wide(x[i, j]) + offset[j]) * (wide(row[j]) + of_label[j]) + (wide(moved[j]) + of_time[j])
         inverse[i] = norm_silu(hat[i], gain, bias, epsilon, out[i])
 
 
 @njit(**SUMS)
-def _modulated_backward(grad, x, label, index, at, gain, bias, hat, inverse, by_x, by_label, by_time, by_gain, by_bias, by_offset, by_moved):
+def _modulated_backward(
+    grad, x, offset, label, label_offset, index, at, gain, bias, hat, inverse, by_x, by_offset, by_label, by_time, by_moved, by_gain, by_bias
+):
     """Backward pass of `_modulated`, each row with a time of its own: grad (n, d) of its output into gradients of its inputs.
 
-    by_x (n, d); by_time (n, S), its columns; by_label (u, S), its columns, to which is added; by_gain, by_bias (d,); by_offset (d,): of
-    what is added to every row of x; by_moved (S,), its columns: of what is added to every row of time. grad, x, label, by_x and by_time
-    can be bfloat16.
+    by_x (n, d); by_label (u, S), its columns, to which is added; by_time (n, S), its columns; by_moved (S,), its columns: of time_offset;
+    by_offset, by_gain, by_bias (d,). grad, x, label, by_x and by_time can be bfloat16.
     """
     n, d = x.shape
     by_sum = np.empty(d, dtype=np.float32)
-    of_moved = by_moved[at : at + d]
+    own_offset, of_moved = label_offset[at : at + d], by_moved[at : at + d]
     for sums in (by_gain, by_bias, by_offset, of_moved):
         sums[:] = F(0.0)
     for i in range(n):
@@ -56,8 +57,8 @@ def _modulated_backward(grad, x, label, index, at, gain, bias, hat, inverse, by_
         for j in range(d):
             of_time[j] = narrow(of_time, by_sum[j])
             of_moved[j] += by_sum[j]
-            of_label[j] += by_sum[j] * wide(x[i, j])
-            by_row = by_sum[j] * wide(row[j])
+            of_label[j] += by_sum[j] * (wide(x[i, j]) + offset[j])
+            by_row = by_sum[j] * (wide(row[j]) + own_offset[j])
             by_x[i, j] = narrow(by_x, by_row)
             by_offset[j] += by_row
 
@@ -66,121 +67,120 @@ def modulated(x: Tensor, label: Tensor, time: Tensor, norm: nn.LayerNorm) -> Ten
     """SiLU(LayerNorm(x label + time)) without gradient: x (..., d), label (..., d) that broadcasts against it, time (1, d)."""
     d = x.shape[-1]
     index = torch.arange(label[..., 0].numel()).view(label.shape[:-1]).broadcast_to(x.shape[:-1]).reshape(-1)
-    rows, table = x.reshape(-1, d).contiguous(), label.reshape(-1, d).contiguous()
-    return _block(rows, table, index, time.contiguous(), 0, norm.weight, norm.bias, norm.eps)[0].view(x.shape)
-
-
-def _block(
-    x: Tensor, label: Tensor, index: Tensor, time: Tensor, at: int, gain: Tensor, bias: Tensor, epsilon: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, normalised rows and inverse standard deviations of `_modulated`."""
-    made = torch.empty_like(x), torch.empty_like(x, dtype=torch.float32), x.new_empty(len(x), dtype=torch.float32)
-    out, hat, inverse = map(array, made)
-    _modulated(*map(array, (x, label, index, time)), at, array(gain), array(bias), np.float32(epsilon), hat, inverse, out)
-    return made
+    rows, table, none = x.reshape(-1, d).contiguous(), label.reshape(-1, d).contiguous(), x.new_zeros(d)
+    known = [array(value) for value in (rows, none, table, none, index, time.contiguous(), none)]
+    out, made = torch.empty_like(rows), (torch.empty_like(rows), x.new_empty(len(rows)))
+    _modulated(*known, 0, array(norm.weight), array(norm.bias), np.float32(norm.eps), *map(array, made), array(out))
+    return out.view(x.shape)
 
 
 class _Chain:
-    """Linear layers with SiLU in between."""
+    """Linear layers with SiLU in between; what the last one adds is left to what comes next."""
 
-    def __init__(self, *linears: Linear) -> None:
-        self.linears = linears
+    def __init__(self, values: Iterator[Value], layers: int, n: int, half: bool) -> None:
+        pairs = [(next(values), next(values)) for _ in range(layers)]
+        self.linears, self.offsets = [Linear(weight, n, half) for weight, _ in pairs], [offset for _, offset in pairs]
+        widths = [len(offset.array) for offset in self.offsets[:-1]]
+        self.out, self.by_x = ([empty(n, width, half=half) for width in widths] for _ in range(2))
 
-    def __call__(self, x: Tensor) -> Tensor:
-        self.made = []
-        for linear in self.linears:
-            if self.made:
-                x = torch.empty_like(self.made[-1])
-                kernels.silu(array(self.made[-1]), array(x))
-            self.made.append(linear(x))
-        return self.made[-1]
+    def __call__(self, x: Both) -> Both:
+        for linear, offset, out in zip(self.linears, self.offsets, self.out, strict=False):
+            kernels.silu(linear(x).array, offset.array, out.array)
+            x = out
+        return self.linears[-1](x)
 
-    def backward(self, grad: Tensor, by_offset: Tensor) -> list[Tensor]:
-        """Gradients of all weights and biases, `by_offset` being that of the last bias."""
-        out: list[Tensor] = []
+    def backward(self, grad: Both) -> None:
+        """Gradients of all but the last intercept, from that of the output."""
         for i in reversed(range(len(self.linears))):
-            by_hidden, by_weight = self.linears[i].backward(grad, i > 0)
-            out[:0] = [by_weight, by_offset]
+            by_hidden = self.linears[i].backward(grad, i > 0)
             if i:
-                hidden = self.made[i - 1]
-                grad, by_offset = torch.empty_like(hidden), hidden.new_empty(hidden.shape[1], dtype=torch.float32)
-                kernels.silu_backward(*map(array, (by_hidden, hidden, grad, by_offset)))
-        return out
+                hidden, offset, grad = self.linears[i - 1].out, self.offsets[i - 1], self.by_x[i - 1]
+                kernels.silu_backward(by_hidden.array, hidden.array, offset.array, grad.array, offset.grad.array)
 
 
-class Pass(torch.autograd.Function):
-    """Weighted mean squared error against target (n, coordinates) of the prediction from y (n, coordinates), sines of the timesteps
-    (n, width) and conditions (u, condition), of which each row takes one by index (n,).
+class _Block:
+    """What lies at columns `at` of the projections: linear layer, modulation, LayerNorm, SiLU."""
 
-    weight: (n,); levels: number of blocks on the way down; sizes: widths of all blocks; half: products of bfloat16; null: the embedding of
-    index u, or None where the last condition stands for it; given: weight and bias of both layers of the time and time_out, both of the
-    label and label_out, linear and norm of each block, out. Gradients of null and of these.
+    def __init__(self, values: Iterator[Value], n: int, at: int, half: bool, epsilon: float) -> None:
+        weight, self.offset, self.gain, self.bias = (next(values) for _ in range(4))
+        d = len(self.offset.array)
+        self.linear, self.at, self.epsilon = Linear(weight, n, half), at, np.float32(epsilon)
+        self.hat, self.inverse, self.out, self.by_x = empty(n, d), empty(n), empty(n, d, half=half), empty(n, d, half=half)
+
+    def __call__(self, y: Both, label: Both, label_offset: Value, index: np.ndarray, time: Both, time_offset: Value) -> Both:
+        self.x, self.index = self.linear(y), index
+        known = (label.array, label_offset.array, index, time.array, time_offset.array, self.at, self.gain.array, self.bias.array)
+        _modulated(self.x.array, self.offset.array, *known, self.epsilon, self.hat.array, self.inverse.array, self.out.array)
+        return self.out
+
+    def backward(
+        self, grad: Both, label: Both, label_offset: Value, by_label: Both, by_time: Both, time_offset: Value, wanted: bool
+    ) -> Both:
+        """Gradient of y (unset unless wanted); those of label, time and time_offset are left in their columns."""
+        known = self.x, self.offset, label, label_offset
+        norm = self.gain, self.bias, self.hat, self.inverse
+        by_projections = by_label, by_time, time_offset.grad
+        made = self.by_x, self.offset.grad, *by_projections, self.gain.grad, self.bias.grad
+        some = (x.array for x in (*norm, *made))
+        _modulated_backward(grad.array, *(x.array for x in known), self.index, self.at, *some)
+        return self.linear.backward(self.by_x, wanted)
+
+
+class Misfit(Step):
+    """Weighted mean squared error of the prediction for n rows, which take their labels from a table of so many conditions and the null.
+
+    values: weight and bias of each linear layer of time, time_out, label and label_out; those and the norm's of each block; those of out;
+    and the null label unless that is the last condition's. levels: number of blocks on the way down; sizes: widths of all blocks; half:
+    products of bfloat16.
     """
 
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        y: Tensor,
-        waves: Tensor,
-        conditions: Tensor,
-        index: Tensor,
-        target: Tensor,
-        weight: Tensor,
-        levels: int,
-        sizes: Sequence[int],
-        half: bool,
-        epsilon: float,
-        null: Tensor | None,
-        *given: Tensor,
-    ) -> Tensor:
-        values = iter(given)
-        time, embed = (_Chain(*(Linear(next(values), next(values), half) for _ in range(n))) for n in (3, 2))
-        label_out = Linear(next(values), next(values), half)
-        times, table = time(waves), embed(conditions)
-        labels = label_out(table if null is None else torch.cat([table, null[None].to(table.dtype)]))
-        blocks, outputs, at = [], [], 0
-        for i, size in enumerate(sizes):
-            linear, gain, bias = Linear(next(values), next(values), half), next(values), next(values)
-            x = linear(outputs[-1] if outputs else y)
-            out, hat, inverse = _block(x, labels, index, times, at, gain, bias, epsilon)
-            if i >= levels:
-                out += outputs[2 * levels - 2 - i]
-            outputs.append(out)
-            blocks.append((linear, x, gain, bias, hat, inverse))
-            at += size
-        out = Linear(next(values), next(values), half)
-        predicted = out(outputs[-1])
-        ctx.grad, ctx.by_offset = torch.empty_like(predicted), target.new_empty(target.shape[1])
-        value = kernels.squared_error(*map(array, (predicted, target, weight, ctx.grad, ctx.by_offset)))
-        ctx.time, ctx.embed, ctx.label_out, ctx.blocks, ctx.out = time, embed, label_out, blocks, out
-        ctx.null, ctx.labels, ctx.index, ctx.levels, ctx.sizes = null is not None, labels, index, levels, sizes
-        return target.new_tensor(value)
+    def __init__(
+        self, values: Sequence[Value], n: int, conditions: int, levels: int, sizes: Sequence[int], null: bool, half: bool, epsilon: float
+    ) -> None:
+        self.values, self.levels, self.half, rest = values, levels, half, iter(values)
+        self.time, self.embed = _Chain(rest, 3, n, half), _Chain(rest, 2, conditions, half)
+        labels = conditions + null
+        self.label_out, self.label_offset = Linear(next(rest), labels, half), next(rest)
+        starts = np.cumsum([0, *sizes[:-1]]).tolist()
+        self.blocks = [_Block(rest, n, at, half, epsilon) for at in starts]
+        self.out, self.out_offset = Linear(next(rest), n, half), next(rest)
+        self.null = next(rest) if null else None
+        (width, coordinates), every = (len(x.array) for x in (self.embed.offsets[-1], self.out_offset)), sum(sizes)
+        self.table, self.by_out = empty(labels, width, half=half), empty(n, coordinates, half=half)
+        self.by_labels, self.by_labels_low, self.by_times = empty(labels, every), empty(labels, every, half=half), empty(n, every, half=half)
 
-    @staticmethod
-    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
-        levels, sizes, width = ctx.levels, ctx.sizes, sum(ctx.sizes)
-        by_labels = torch.zeros_like(ctx.labels, dtype=torch.float32)
-        grad, by_out, at = ctx.grad * scale, ctx.by_offset * scale, width
-        by_times, by_moved = grad.new_empty(len(grad), width), by_out.new_empty(width)
-        skips: dict[int, Tensor] = {}
-        of_blocks: list[Tensor] = []
-        grad, by_out_weight = ctx.out.backward(grad)
-        for i in reversed(range(len(sizes))):
-            linear, x, gain, bias, hat, inverse = ctx.blocks[i]
+    def forward(self, y: Tensor, waves: Tensor, conditions: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> float:
+        """y, target (n, coordinates); waves (n, width), sines of the timesteps; conditions (u, condition); index, weight (n,)."""
+        self.times, embedded = self.time(low(waves, self.half)), self.embed(low(conditions, self.half))
+        torch.add(embedded.tensor, self.embed.offsets[-1].tensor, out=self.table.tensor[: len(conditions)])
+        if self.null is not None:
+            self.table.tensor[-1] = self.null.tensor
+        self.labels, levels, x = self.label_out(self.table), self.levels, low(y, self.half)
+        projections = self.labels, self.label_offset, array(index), self.times, self.time.offsets[-1]
+        for i, block in enumerate(self.blocks):
+            x = block(x, *projections)
+            if i >= levels:
+                x.tensor.add_(self.blocks[2 * levels - 2 - i].out.tensor)
+        predicted, made = self.out(x).array, (self.by_out.array, self.out_offset.grad.array)
+        return kernels.squared_error(predicted, self.out_offset.array, array(target), array(weight), *made)
+
+    def backward(self) -> None:
+        skips: dict[int, Both] = {}
+        self.by_labels.tensor.zero_()
+        projections = self.labels, self.label_offset, self.by_labels, self.by_times, self.time.offsets[-1]
+        grad, levels = self.out.backward(self.by_out), self.levels
+        for i in reversed(range(len(self.blocks))):
             if i in skips:
-                grad += skips.pop(i)
+                grad.tensor.add_(skips.pop(i).tensor)
             if i >= levels:
                 skips[2 * levels - 2 - i] = grad
-            at -= sizes[i]
-            by_x, (by_gain, by_bias, by_offset) = torch.empty_like(x), (torch.empty_like(gain) for _ in range(3))
-            known, wanted = (gain, bias, hat, inverse), (by_x, by_labels, by_times, by_gain, by_bias, by_offset, by_moved)
-            _modulated_backward(*map(array, (grad, x, ctx.labels, ctx.index)), at, *map(array, (*known, *wanted)))
-            grad, by_weight = linear.backward(by_x, i > 0)
-            of_blocks[:0] = [by_weight, by_offset, by_gain, by_bias]
-        by_table, by_label_weight = ctx.label_out.backward(by_labels)
-        by_null = by_table[-1].float() if ctx.null else None
-        by_table = by_table[:-1].contiguous() if ctx.null else by_table
-        of_embed = ctx.embed.backward(by_table, by_table.sum(0, dtype=torch.float32))
-        of_labels = [*of_embed, by_label_weight, by_labels.sum(0)]
-        none = (None,) * 10
-        return *none, by_null, *ctx.time.backward(by_times, by_moved), *of_labels, *of_blocks, by_out_weight, by_out
+            grad = self.blocks[i].backward(grad, *projections, wanted=i > 0)
+        self.by_labels_low.tensor.copy_(self.by_labels.tensor)
+        by_table = self.label_out.backward(self.by_labels_low).tensor
+        torch.sum(self.by_labels.tensor, 0, out=self.label_offset.grad.tensor)
+        if self.null is not None:
+            self.null.grad.tensor.copy_(by_table[-1])
+            by_table = by_table[:-1]
+        self.embed.backward(Both(by_table))
+        torch.sum(by_table, 0, dtype=torch.float32, out=self.embed.offsets[-1].grad.tensor)
+        self.time.backward(self.by_times)

@@ -196,16 +196,16 @@ def noised(mean, deviation, rows, noise, t, factors, y, target):
 
 
 @njit(**SUMS)
-def squared_error(predicted, target, weight, grad, by_offset):
-    """Mean over rows and columns of weight (n,) times the squared error of predicted (n, d); its gradient into grad (n, d), and the sum of
-    that over rows into by_offset (d,). predicted and grad can be bfloat16."""
+def squared_error(predicted, offset, target, weight, grad, by_offset):
+    """Mean over rows and columns of weight (n,) times the squared error of predicted (n, d) + offset (d,); its gradient into grad (n, d),
+    and the sum of that over rows into by_offset (d,). predicted and grad can be bfloat16."""
     n, d = predicted.shape
     by_offset[:] = F(0.0)
     errors, value = np.empty(d, dtype=np.float32), 0.0
     for i in range(n):
         scale = F(2.0) * weight[i] / F(n * d)
         for j in range(d):
-            error = wide(predicted[i, j]) - target[i, j]
+            error = wide(predicted[i, j]) + offset[j] - target[i, j]
             errors[j] = error
             by_row = scale * error
             grad[i, j] = narrow(grad, by_row)
@@ -215,21 +215,21 @@ def squared_error(predicted, target, weight, grad, by_offset):
 
 
 @njit(**SUMS)
-def silu(x, out):
-    """x / (1 + e^-x) of (n, d); both can be bfloat16."""
+def silu(x, offset, out):
+    """SiLU, z / (1 + e^-z), of z = x + offset, (n, d) and (d,), into out; x and out can be bfloat16."""
     for i in range(len(x)):
         for j in range(x.shape[1]):
-            z = wide(x[i, j])
+            z = wide(x[i, j]) + offset[j]
             out[i, j] = narrow(out, z / (F(1.0) + exp(-z)))
 
 
 @njit(**SUMS)
-def silu_backward(grad, x, by_x, by_offset):
-    """Backward pass of `silu`: grad (n, d) into by_x (n, d), and its sum over rows into by_offset (d,); all but that can be bfloat16."""
+def silu_backward(grad, x, offset, by_x, by_offset):
+    """Backward pass of `silu`: grad (n, d) into by_x (n, d), and its sum over rows into by_offset (d,); grad, x, by_x can be bfloat16."""
     by_offset[:] = F(0.0)
     for i in range(len(x)):
         for j in range(x.shape[1]):
-            by_row = silu_gradient(wide(grad[i, j]), wide(x[i, j]))
+            by_row = silu_gradient(wide(grad[i, j]), wide(x[i, j]) + offset[j])
             by_x[i, j] = narrow(by_x, by_row)
             by_offset[j] += by_row
 

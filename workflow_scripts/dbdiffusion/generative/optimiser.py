@@ -20,8 +20,9 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class AdamW:
-    """parameters: become views of `values` (n,); weight_decay: decoupled, of matrices (intercepts by batch among them) alone, since pulling
-    common intercepts and variances to 0 would bias what they estimate; clip: largest norm of the gradient.
+    """parameters: become views of `values` (n,), and their `.grad` of `gradient`: what is written there needs no copy; weight_decay:
+    decoupled, of matrices (intercepts by batch among them) alone, since pulling common intercepts and variances to 0 would bias what they
+    estimate; clip: largest norm of the gradient.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], weight_decay: float, clip: float) -> None:
@@ -31,13 +32,15 @@ class AdamW:
         self.matrices = self.values[: sum(p.numel() for p in parameters if p.ndim > 1)]
         self.gradient, self.first, self.second = (torch.zeros_like(self.values) for _ in range(3))
         self.steps = 0
-        for p, part in zip(self.parameters, self.values.split([p.numel() for p in self.parameters]), strict=True):
-            p.data = part.view_as(p)
+        sizes = [p.numel() for p in self.parameters]
+        for p, part, grad in zip(self.parameters, self.values.split(sizes), self.gradient.split(sizes), strict=True):
+            p.data, p.grad = part.view_as(p), grad.view_as(p)
 
     def step(self, gradients: Sequence[Tensor], rate: float) -> None:
         """One update with learning rate `rate`, of the gradients of `parameters`, in their order."""
         self.steps += 1
-        torch.cat([g.reshape(-1) for g in gradients], out=self.gradient)
+        if any(g.data_ptr() != p.grad.data_ptr() for g, p in zip(gradients, self.parameters, strict=True)):
+            torch.cat([g.reshape(-1) for g in gradients], out=self.gradient)
         correct, kept = [1 - beta**self.steps for beta in BETAS], 1 - rate * self.weight_decay
         if fused(self.values):
             norm = math.sqrt(kernels.sum_of_squares(array(self.gradient)))

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from dbdiffusion.config.generator import VaeConfig
 from dbdiffusion.data.sets import EffectSet
 from dbdiffusion.generative import checkpoint, vae_cpu
+from dbdiffusion.generative.by_hand import Kept, Value, differentiable
 from dbdiffusion.generative.cells import TARGET_SUM, Cells, Matrix, load_cells
 from dbdiffusion.generative.kernels import fused
 from dbdiffusion.generative.likelihood import LARGEST_GAP, LARGEST_LOG_R, expected_log1p, nb_negative_log_likelihood
@@ -68,6 +70,7 @@ class CellVae(nn.Module):
         self.register_buffer("batch_share", torch.full((batches,), 1.0 / batches))
         self.register_buffer("latent_mean", torch.zeros(self.latent))
         self.register_buffer("latent_sd", torch.ones(self.latent))
+        self._kept = Kept()
 
     @property
     def counts(self) -> bool:
@@ -154,12 +157,20 @@ class CellVae(nn.Module):
 
     def _negative_bound_by_hand(self, data: CellTensors, rows: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
         """`negative_bound` without a graph in between."""
-        gap, half = LARGEST_GAP if self.counts else None, torch.is_autocast_enabled("cpu")
-        shape = vae_cpu.Shape(len(self.config.hidden), LOG_VARIANCE_LIMIT, gap, half, self.encoder[1].eps)
-        weights = kl_weight, self.config.free_bits, shape, self.log_r if self.counts else self.spread
-        parts = [*self.encoder, self.to_latent, *self.decoder, self.to_genes]
-        parameters = [value for part in parts if not isinstance(part, nn.SiLU) for value in parameters_of(part)]
-        return vae_cpu.Pass.apply(data.seen(rows), noise, *self.input_scale(), *weights, *parameters)
+        half, limits = torch.is_autocast_enabled("cpu"), (LARGEST_LOG_R, LARGEST_GAP, LOG_VARIANCE_LIMIT)
+
+        def made(values: list[Value | None]) -> vae_cpu.NegativeBound:
+            design = vae_cpu.Design(len(self.config.hidden), self.counts, *limits, self.config.free_bits, half, self.encoder[1].eps)
+            return vae_cpu.NegativeBound(values, len(rows), design)
+
+        step = self._kept.step(made, self._in_order, len(rows), half)
+        return differentiable(step, data.seen(rows), noise, *self.input_scale(), kl_weight)
+
+    @cached_property
+    def _in_order(self) -> list[nn.Parameter | None]:
+        """Parameters as the pass by hand takes them."""
+        parts = [part for part in (*self.encoder, self.to_latent, *self.decoder, self.to_genes) if not isinstance(part, nn.SiLU)]
+        return [*(value for part in parts for value in parameters_of(part)), self.spread]
 
     def standardised(self, latent: Tensor, log_library: Tensor, batch: Tensor) -> Tensor:
         """Latent (n, latent) in units of its training standard deviation, with the library coordinate for counts: (n, coordinates)."""
@@ -247,7 +258,8 @@ class CellTensors:
         """The same without a copy of rows that are held dense."""
         expression, at = self.expression.held(rows)
         observed = expression if self.observed is self.expression else self.observed.held(rows)[0]
-        return vae_cpu.Seen(at, expression, observed, self.log_library[rows] - math.log(TARGET_SUM), self.batch[rows])
+        of_rows = self.log_library.index_select(0, rows) - math.log(TARGET_SUM), self.batch.index_select(0, rows)
+        return vae_cpu.Seen(at, expression, observed, *of_rows)
 
 
 def vae_loss(data: CellTensors, config: VaeConfig):

@@ -7,15 +7,15 @@ bfloat16, and so is what goes into and comes out of them; what is in between is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from dbdiffusion.generative.by_hand import Both, Linear, Step, Value, empty
 from dbdiffusion.generative.kernels import (
     EXACT,
     SUMS,
@@ -30,7 +30,6 @@ from dbdiffusion.generative.kernels import (
     total,
     wide,
 )
-from dbdiffusion.generative.linear_cpu import Linear
 
 
 @njit(**SUMS)
@@ -111,14 +110,17 @@ def _posterior_backward(grad, moments, noise, low, high, weight, by_encoded, by_
 
 
 @njit(**EXACT)
-def negative_binomial(counts, rows, log_rate, table, index, log_size, log_r, largest_gap, weight, by_rate, by_table, by_r):
+def negative_binomial(
+    counts, rows, log_rate, table, index, log_size, log_r, largest_log_r, largest_gap, weight, by_rate, by_table, by_r
+):
     """`weight` times the sum over rows and genes of -ln NB(counts[rows]; mean exp(log_rate + table[index] + log_size), r), without
     ln(counts!), and its gradients: into by_rate (n, G), by_table (u, G) and by_r (G,), the last by ln r.
 
-    counts (N, G); rows, index, log_size (n,); log_rate (n, G); table (u, G); log_r (G,). log_rate and by_rate can be bfloat16. Formulas:
-    `likelihood._NegativeBinomial`.
+    counts (N, G); rows, index, log_size (n,); log_rate (n, G); table (u, G); log_r (G,), cut at largest_log_r, as ln(mean / r) is at
+    largest_gap. log_rate and by_rate can be bfloat16. Formulas: `likelihood._NegativeBinomial`.
     """
-    genes = log_r.size
+    genes, given_log_r = log_r.size, log_r
+    log_r = np.minimum(given_log_r, largest_log_r)
     r, at_r, slope_r, each = np.empty_like(log_r), np.empty_like(log_r), np.empty_like(log_r), np.empty_like(log_r)
     by_table[:], by_r[:] = F(0.0), F(0.0)
     for j in range(genes):
@@ -142,6 +144,9 @@ def negative_binomial(counts, rows, log_rate, table, index, log_size, log_r, lar
             of_table[j] += by_mean
             by_r[j] += weight * ((excess + slope_r[j] - slope) * r[j] - slope_mean)
         value += total(each)
+    for j in range(genes):
+        if given_log_r[j] > largest_log_r:
+            by_r[j] = F(0.0)
     return value * weight
 
 
@@ -171,57 +176,48 @@ def gaussian(observed, rows, mean, table, index, log_variance, weight, by_mean, 
     return value * weight
 
 
-def _table(bias: Tensor, of_batch: Tensor | None) -> Tensor:
-    """Intercepts by batch, (1, d) where there are none of their own."""
-    return bias[None] if of_batch is None else bias + of_batch
+class _Intercepts:
+    """One for each column, and of each batch where the layer knows it."""
 
+    def __init__(self, bias: Value, of_batch: Value | None, n: int) -> None:
+        self.bias, self.of_batch = bias, of_batch
+        self.table = Both(bias.tensor[None]) if of_batch is None else empty(*of_batch.tensor.shape)
+        self.by_table = Both(bias.grad.tensor[None]) if of_batch is None else of_batch.grad
+        self.none = np.zeros(n, dtype=np.int64)
 
-def _intercepts(by_table: Tensor, of_batch: Tensor | None) -> list[Tensor | None]:
-    """Gradients of bias and of_batch."""
-    return [by_table.sum(0), None if of_batch is None else by_table]
+    def rows(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The table and where each row takes its intercepts."""
+        if self.of_batch is None:
+            return self.table.array, self.none
+        torch.add(self.of_batch.tensor, self.bias.tensor, out=self.table.tensor)
+        return self.table.array, batch
+
+    def backward(self) -> None:
+        """After the table's gradients: those of the common intercepts."""
+        if self.of_batch is not None:
+            torch.sum(self.by_table.tensor, 0, out=self.bias.grad.tensor)
 
 
 class _Layer:
-    """Linear layer with intercepts by batch, LayerNorm, SiLU."""
+    """Linear layer, LayerNorm, SiLU."""
 
-    def __init__(self, given: Iterator[Tensor | None], half: bool, epsilon: float) -> None:
-        weight, bias, self.of_batch, self.gain, self.bias = (next(given) for _ in range(5))
-        self.linear, self.table, self.epsilon = Linear(weight, None, half), _table(bias, self.of_batch), np.float32(epsilon)
+    def __init__(self, values: Iterator[Value | None], n: int, half: bool, epsilon: float) -> None:
+        weight, bias, of_batch, self.gain, self.bias = (next(values) for _ in range(5))
+        d = len(bias.array)
+        self.linear, self.intercepts, self.epsilon = Linear(weight, n, half), _Intercepts(bias, of_batch, n), np.float32(epsilon)
+        self.hat, self.inverse, self.out, self.by_x = empty(n, d), empty(n), empty(n, d, half=half), empty(n, d, half=half)
 
-    def __call__(self, x: Tensor, batch: Tensor) -> Tensor:
-        x = self.linear(x)
-        self.index = torch.zeros_like(batch) if self.of_batch is None else batch
-        self.hat, self.inverse, out = torch.empty_like(x, dtype=torch.float32), self.table.new_empty(len(x)), torch.empty_like(x)
-        known, made = (x, self.table, self.index, self.gain, self.bias), (self.hat, self.inverse, out)
-        _normalised(*map(array, known), self.epsilon, *map(array, made))
-        return out
+    def __call__(self, x: Both, batch: np.ndarray) -> Both:
+        (table, self.index), norm = self.intercepts.rows(batch), (self.gain.array, self.bias.array, self.epsilon)
+        _normalised(self.linear(x).array, table, self.index, *norm, self.hat.array, self.inverse.array, self.out.array)
+        return self.out
 
-    def backward(self, grad: Tensor, wanted: bool) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of x (None unless wanted) and of what was given."""
-        by_x, by_table, by_gain, by_bias = map(torch.empty_like, (grad, self.table, self.gain, self.bias))
-        known = grad, self.index, self.gain, self.bias, self.hat, self.inverse
-        _normalised_backward(*map(array, (*known, by_x, by_table, by_gain, by_bias)))
-        by_input, by_weight = self.linear.backward(by_x, wanted)
-        return by_input, [by_weight, *_intercepts(by_table, self.of_batch), by_gain, by_bias]
-
-
-class _Trunk:
-    """Hidden layers, the first of which knows the batch."""
-
-    def __init__(self, given: Iterator[Tensor | None], layers: int, half: bool, epsilon: float) -> None:
-        self.layers = [_Layer(given, half, epsilon) for _ in range(layers)]
-
-    def __call__(self, x: Tensor, batch: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = layer(x, batch)
-        return x
-
-    def backward(self, grad: Tensor | None, wanted: bool) -> tuple[Tensor | None, list[Tensor | None]]:
-        out: list[Tensor | None] = []
-        for i in reversed(range(len(self.layers))):
-            grad, of_layer = self.layers[i].backward(grad, wanted or i > 0)
-            out[:0] = of_layer
-        return grad, out
+    def backward(self, grad: Both, wanted: bool) -> Both:
+        """Gradient of x (unset unless wanted)."""
+        known, made = (self.gain, self.bias, self.hat, self.inverse), (self.intercepts.by_table, self.gain.grad, self.bias.grad)
+        _normalised_backward(grad.array, self.index, *(x.array for x in (*known, self.by_x, *made)))
+        self.intercepts.backward()
+        return self.linear.backward(self.by_x, wanted)
 
 
 @dataclass(frozen=True)
@@ -236,83 +232,71 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """layers: of encoder and of decoder each; limits: of the posterior's log variance; largest_gap: of the negative binomial, None for the
-    gaussian; half: products of bfloat16; epsilon: of LayerNorm."""
+class Design:
+    """What a network is beside its parameters. layers: of encoder and of decoder each; counts: whether its likelihood is the negative
+    binomial (else the gaussian), with the largest ln r and ln(mean / r); limits: of the posterior's log variance; free_bits: of the KL
+    term; half: products of bfloat16; epsilon: of LayerNorm."""
 
     layers: int
+    counts: bool
+    largest_log_r: float
+    largest_gap: float
     limits: tuple[float, float]
-    largest_gap: float | None
+    free_bits: float
     half: bool
     epsilon: float
 
 
-class Pass(torch.autograd.Function):
-    """Mean over cells of the negative log-likelihood and of the weighted KL term, per gene.
+class NegativeBound(Step):
+    """Mean over n cells of the negative log-likelihood and of the weighted KL term, per gene.
 
-    noise: (n, latent); factor, offset: (G,), of the encoder's input; kl_weight, free_bits: as `vae.vae_loss` takes them; spread: (G,),
-    ln r or ln variance; given: weight, bias and intercepts by batch (None but where the layer knows the batch) of each linear layer, gain
-    and bias of its norm. Gradients of spread and of these.
+    values: weight, bias and intercepts by batch (None but where the layer knows the batch) of each linear layer, gain and bias of its norm;
+    and of each gene ln r or the log variance.
     """
 
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        seen: Seen,
-        noise: Tensor,
-        factor: Tensor,
-        offset: Tensor,
-        kl_weight: float,
-        free_bits: float,
-        shape: Shape,
-        spread: Tensor,
-        *given: Tensor | None,
-    ) -> Tensor:
-        values, half = iter(given), shape.half
-        encoder = _Trunk(values, shape.layers, half, shape.epsilon)
-        to_latent, of_latent, _ = Linear(next(values), None, half), next(values), next(values)
-        decoder = _Trunk(values, shape.layers, half, shape.epsilon)
-        to_genes, bias, of_batch = Linear(next(values), None, half), next(values), next(values)
-        n, genes = len(seen.rows), len(factor)
-        low = torch.bfloat16 if half else torch.float32
+    def __init__(self, values: Sequence[Value | None], n: int, design: Design) -> None:
+        self.values, self.design, rest, half = [value for value in values if value is not None], design, iter(values), design.half
+        self.encoder = [_Layer(rest, n, half, design.epsilon) for _ in range(design.layers)]
+        self.to_latent, self.of_latent, _ = Linear(next(rest), n, half), next(rest), next(rest)
+        self.decoder = [_Layer(rest, n, half, design.epsilon) for _ in range(design.layers)]
+        self.to_genes, self.intercepts, self.spread = Linear(next(rest), n, half), _Intercepts(next(rest), next(rest), n), next(rest)
+        genes, latent = len(self.spread.array), len(self.of_latent.array) // 2
+        self.limits, self.weight = [np.float32(limit) for limit in design.limits], np.float32(1 / (n * genes))
+        self.scaled, self.by_decoded = (empty(n, genes, half=half) for _ in range(2))
+        self.moments, self.divergence, self.latent = empty(n, 2 * latent), empty(latent), empty(n, latent, half=half)
+        self.by_divergence, self.by_encoded = empty(latent), empty(n, 2 * latent, half=half)
 
-        scaled = factor.new_empty(n, genes, dtype=low)
-        _scaled(*map(array, (seen.expression, seen.rows, factor, offset, scaled)))
-        encoded = to_latent(encoder(scaled, seen.batch))
-        moments, latent, divergence = torch.empty_like(encoded, dtype=torch.float32), torch.empty_like(noise, dtype=low), noise[0].clone()
-        limits = [np.float32(limit) for limit in shape.limits]
-        _posterior(*map(array, (encoded, of_latent, noise)), *limits, *map(array, (moments, latent, divergence)))
-        made = to_genes(decoder(latent, seen.batch))
-        table = _table(bias, of_batch)
-        index = seen.batch if len(table) > 1 else torch.zeros_like(seen.batch)
-        grads, weight = tuple(map(torch.empty_like, (made, table, spread))), np.float32(1 / (n * genes))
-        known = [array(x) for x in (seen.observed, seen.rows, made, table, index)]
-        if shape.largest_gap is None:
-            misfit = gaussian(*known, array(spread), weight, *map(array, grads))
+    def forward(self, seen: Seen, noise: Tensor, factor: Tensor, offset: Tensor, kl_weight: float) -> float:
+        """noise (n, latent); factor, offset (G,): of the encoder's input."""
+        rows, batch, self.noise = array(seen.rows), array(seen.batch), array(noise)
+        _scaled(array(seen.expression), rows, array(factor), array(offset), self.scaled.array)
+        x = self.scaled
+        for layer in self.encoder:
+            x = layer(x, batch)
+        made = self.moments, self.latent, self.divergence
+        _posterior(self.to_latent(x).array, self.of_latent.array, self.noise, *self.limits, *(value.array for value in made))
+        x = self.latent
+        for layer in self.decoder:
+            x = layer(x, batch)
+        known = array(seen.observed), rows, self.to_genes(x).array, *self.intercepts.rows(batch)
+        made = [value.array for value in (self.by_decoded, self.intercepts.by_table, self.spread.grad)]
+        if self.design.counts:
+            largest = np.float32(self.design.largest_log_r), np.float32(self.design.largest_gap)
+            misfit = negative_binomial(*known, array(seen.log_size), self.spread.array, *largest, self.weight, *made)
         else:
-            gap = np.float32(shape.largest_gap)
-            misfit = negative_binomial(*known, *map(array, (seen.log_size, spread)), gap, weight, *map(array, grads))
-        if free_bits > 0:
-            over = divergence - free_bits
-            kl, counted = over.clamp_min(0).sum(), over >= 0
-        else:
-            kl, counted = divergence.sum(), torch.ones_like(divergence)
-        ctx.networks, ctx.grads, ctx.of_batch = (encoder, to_latent, decoder, to_genes), grads, of_batch
-        ctx.posterior, ctx.limits, ctx.weight = (moments, noise), limits, counted * (kl_weight / (n * genes))
-        return kl * (kl_weight / genes) + misfit
+            misfit = gaussian(*known, self.spread.array, self.weight, *made)
+        self.intercepts.backward()
+        over = self.divergence.array - F(self.design.free_bits)
+        counted = over >= 0 if self.design.free_bits > 0 else np.ones_like(over)
+        np.multiply(counted, F(kl_weight) * self.weight, out=self.by_divergence.array)
+        return misfit + kl_weight * float((over * counted).sum()) / len(self.spread.array)
 
-    @staticmethod
-    def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
-        encoder, to_latent, decoder, to_genes = ctx.networks
-        grad, by_table, by_spread = ctx.grads
-        grad, by_genes = to_genes.backward(grad)
-        grad, of_decoder = decoder.backward(grad, True)
-        moments, noise = ctx.posterior
-        by_encoded, by_offset = torch.empty_like(moments, dtype=grad.dtype), moments.new_empty(moments.shape[1])
-        _posterior_backward(*map(array, (grad, moments, noise)), *ctx.limits, *map(array, (ctx.weight, by_encoded, by_offset)))
-        grad, by_latent = to_latent.backward(by_encoded)
-        _, of_encoder = encoder.backward(grad, False)
-        out = [by_spread, *of_encoder, by_latent, by_offset, None, *of_decoder, by_genes, *_intercepts(by_table, ctx.of_batch)]
-        if float(scale) != 1:
-            out = [x if x is None else x * scale for x in out]
-        return *(None,) * 7, *out
+    def backward(self) -> None:
+        grad = self.to_genes.backward(self.by_decoded)
+        for layer in reversed(self.decoder):
+            grad = layer.backward(grad, True)
+        known, made = (self.by_divergence.array, self.by_encoded.array), self.of_latent.grad.array
+        _posterior_backward(grad.array, self.moments.array, self.noise, *self.limits, *known, made)
+        grad = self.to_latent.backward(self.by_encoded)
+        for layer in reversed(self.encoder):
+            grad = layer.backward(grad, layer is not self.encoder[0])
