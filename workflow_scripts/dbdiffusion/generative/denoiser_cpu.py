@@ -81,7 +81,7 @@ class _Chain:
         pairs = [(next(values), next(values)) for _ in range(layers)]
         self.linears, self.offsets = [Linear(weight, n, half) for weight, _ in pairs], [offset for _, offset in pairs]
         widths = [len(offset.array) for offset in self.offsets[:-1]]
-        self.out, self.by_x = ([empty(n, width, half=half) for width in widths] for _ in range(2))
+        self.out = [empty(n, width, half=half) for width in widths]
 
     def __call__(self, x: Both) -> Both:
         for linear, offset, out in zip(self.linears, self.offsets, self.out, strict=False):
@@ -94,7 +94,8 @@ class _Chain:
         for i in reversed(range(len(self.linears))):
             by_hidden = self.linears[i].backward(grad, i > 0)
             if i:
-                hidden, offset, grad = self.linears[i - 1].out, self.offsets[i - 1], self.by_x[i - 1]
+                # Where the output was, which no one needs any more.
+                hidden, offset, grad = self.linears[i - 1].out, self.offsets[i - 1], self.out[i - 1]
                 kernels.silu_backward(by_hidden.array, hidden.array, offset.array, grad.array, offset.grad.array)
 
 
@@ -105,7 +106,7 @@ class _Block:
         weight, self.offset, self.gain, self.bias = (next(values) for _ in range(4))
         d = len(self.offset.array)
         self.linear, self.at, self.epsilon = Linear(weight, n, half), at, np.float32(epsilon)
-        self.hat, self.inverse, self.out, self.by_x = empty(n, d), empty(n), empty(n, d, half=half), empty(n, d, half=half)
+        self.hat, self.inverse, self.out = empty(n, d), empty(n), empty(n, d, half=half)
 
     def __call__(self, y: Both, label: Both, label_offset: Value, index: np.ndarray, time: Both, time_offset: Value) -> Both:
         self.x, self.index = self.linear(y), index
@@ -120,10 +121,11 @@ class _Block:
         known = self.x, self.offset, label, label_offset
         norm = self.gain, self.bias, self.hat, self.inverse
         by_projections = by_label, by_time, time_offset.grad
-        made = self.by_x, self.offset.grad, *by_projections, self.gain.grad, self.bias.grad
+        # The gradient before the next product lies where the output was, which no one needs any more.
+        made = self.out, self.offset.grad, *by_projections, self.gain.grad, self.bias.grad
         some = (x.array for x in (*norm, *made))
         _modulated_backward(grad.array, *(x.array for x in known), self.index, self.at, *some)
-        return self.linear.backward(self.by_x, wanted)
+        return self.linear.backward(self.out, wanted)
 
 
 class Misfit(Step):
@@ -147,7 +149,7 @@ class Misfit(Step):
         self.null = next(rest) if null else None
         (width, coordinates), every = (len(x.array) for x in (self.embed.offsets[-1], self.out_offset)), sum(sizes)
         self.table, self.by_out = empty(labels, width, half=half), empty(n, coordinates, half=half)
-        self.by_labels, self.by_labels_low, self.by_times = empty(labels, every), empty(labels, every, half=half), empty(n, every, half=half)
+        self.by_labels, self.by_labels_low = empty(labels, every), empty(labels, every, half=half)
 
     def forward(self, y: Tensor, waves: Tensor, conditions: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> float:
         """y, target (n, coordinates); waves (n, width), sines of the timesteps; conditions (u, condition); index, weight (n,)."""
@@ -167,7 +169,8 @@ class Misfit(Step):
     def backward(self) -> None:
         skips: dict[int, Both] = {}
         self.by_labels.tensor.zero_()
-        projections = self.labels, self.label_offset, self.by_labels, self.by_times, self.time.offsets[-1]
+        # Gradients by the times lie where the times were: the backward pass does not need them.
+        projections = self.labels, self.label_offset, self.by_labels, self.times, self.time.offsets[-1]
         grad, levels = self.out.backward(self.by_out), self.levels
         for i in reversed(range(len(self.blocks))):
             if i in skips:
@@ -183,4 +186,4 @@ class Misfit(Step):
             by_table = by_table[:-1]
         self.embed.backward(Both(by_table))
         torch.sum(by_table, 0, dtype=torch.float32, out=self.embed.offsets[-1].grad.tensor)
-        self.time.backward(self.by_times)
+        self.time.backward(self.times)

@@ -205,7 +205,7 @@ class _Layer:
         weight, bias, of_batch, self.gain, self.bias = (next(values) for _ in range(5))
         d = len(bias.array)
         self.linear, self.intercepts, self.epsilon = Linear(weight, n, half), _Intercepts(bias, of_batch, n), np.float32(epsilon)
-        self.hat, self.inverse, self.out, self.by_x = empty(n, d), empty(n), empty(n, d, half=half), empty(n, d, half=half)
+        self.hat, self.inverse, self.out = empty(n, d), empty(n), empty(n, d, half=half)
 
     def __call__(self, x: Both, batch: np.ndarray) -> Both:
         (table, self.index), norm = self.intercepts.rows(batch), (self.gain.array, self.bias.array, self.epsilon)
@@ -214,10 +214,11 @@ class _Layer:
 
     def backward(self, grad: Both, wanted: bool) -> Both:
         """Gradient of x (unset unless wanted)."""
+        # The gradient before the product lies where the output was, which no one needs any more.
         known, made = (self.gain, self.bias, self.hat, self.inverse), (self.intercepts.by_table, self.gain.grad, self.bias.grad)
-        _normalised_backward(grad.array, self.index, *(x.array for x in (*known, self.by_x, *made)))
+        _normalised_backward(grad.array, self.index, *(x.array for x in (*known, self.out, *made)))
         self.intercepts.backward()
-        return self.linear.backward(self.by_x, wanted)
+        return self.linear.backward(self.out, wanted)
 
 
 @dataclass(frozen=True)
