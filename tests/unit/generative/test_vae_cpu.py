@@ -57,7 +57,7 @@ def network_of(cells: Cells, config: VaeConfig) -> CellVae:
 @pytest.mark.parametrize("hidden", [[24], [24, 16], [16, 24, 8]])
 @pytest.mark.parametrize("free_bits", [0.0, 0.5])
 @pytest.mark.parametrize("n", [64, 1])
-def test_pass_by_hand_against_autograd(monkeypatch, toy_of, batches: int, likelihood: str, hidden: list[int], free_bits: float, n: int) -> None:
+def test_pass_by_hand_against_autograd(monkeypatch, toy_of, batches: int, likelihood, hidden: list[int], free_bits: float, n: int) -> None:
     cells = toy_of(batches)
     network = network_of(cells, VaeConfig(hidden=hidden, latent=6, likelihood=likelihood, free_bits=free_bits))
     data, rows = CellTensors.make(cells, network.counts, CPU), torch.randperm(300, generator=torch.Generator().manual_seed(1))[:n]

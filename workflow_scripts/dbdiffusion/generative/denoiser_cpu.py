@@ -38,8 +38,9 @@ def _modulated(x, offset, label, label_offset, index, time, time_offset, at, gai
 
 @njit(**SUMS)
 def _modulated_backward(
-    grad, x, offset, label, label_offset, index, at, gain, bias, hat, inverse, by_x, by_offset, by_label, by_time, by_moved, by_gain, by_bias
-):
+    grad, x, offset, label, label_offset, index, at, gain, bias, hat, inverse,
+    by_x, by_offset, by_label, by_time, by_moved, by_gain, by_bias,
+):  # fmt: skip
     """Backward pass of `_modulated`, each row with a time of its own: grad (n, d) of its output into gradients of its inputs.
 
     by_x (n, d); by_label (u, S), its columns, to which is added; by_time (n, S), its columns; by_moved (S,), its columns: of time_offset;

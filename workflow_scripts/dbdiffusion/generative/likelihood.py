@@ -16,7 +16,6 @@ from scipy.stats import poisson
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-
 LARGEST_LOG_R = 10.0
 """ln r of a distribution that is Poisson for all purposes; beyond, single precision would lose the difference."""
 LARGEST_GAP = 60.0

@@ -110,9 +110,7 @@ def _posterior_backward(grad, moments, noise, low, high, weight, by_encoded, by_
 
 
 @njit(**EXACT)
-def negative_binomial(
-    counts, rows, log_rate, table, index, log_size, log_r, largest_log_r, largest_gap, weight, by_rate, by_table, by_r
-):
+def negative_binomial(counts, rows, log_rate, table, index, log_size, log_r, largest_log_r, largest_gap, weight, by_rate, by_table, by_r):
     """`weight` times the sum over rows and genes of -ln NB(counts[rows]; mean exp(log_rate + table[index] + log_size), r), without
     ln(counts!), and its gradients: into by_rate (n, G), by_table (u, G) and by_r (G,), the last by ln r.
 
