@@ -261,8 +261,8 @@ def _trade(page: style.Sheet, ax: Axes, table: pd.DataFrame, looks: Looks) -> No
     """Power against FDR of all predictors, those that coincide as one marker; the default prediction has an outline."""
     part = predictors(table)
     level = float(part["level"].iloc[0])
-    right, top = 1.25 * max(float(part["fdr"].max()), 1.2 * level), 1.25 * max(float(part["power"].max()), 0.02)
-    groups = distinct(part, 0.02 * right, 0.02 * top)
+    right, top = min(1.6 * max(float(part["fdr"].max()), 1.2 * level), 1.4), 1.25 * max(float(part["power"].max()), 0.02)
+    groups = distinct(part, 0.06 * right, 0.06 * top)
     for row in groups.itertuples():
         colour, marker = looks.get(row.test, style.ERROR_LOOKS[row.test])
         edge = {"edgecolors": style.BLACK, "linewidths": 0.8} if row.default else {"linewidths": 0}

@@ -317,7 +317,11 @@ def write_de(
         frame(inference, method, result, fold, seed) for method in inference.methods for result in results(inference, method, targets)
     ]
     table: Table = contracts.DE
-    table.write(pd.concat(tables, ignore_index=True).sort_values(["method", "target", "gene"], ignore_index=True), out)
+    # The default prediction first, then the generator alone: what a reader looks for.
+    order = pd.Index([*SELECTED, *sorted(set(inference.methods) - set(SELECTED))])
+    made = pd.concat(tables, ignore_index=True)
+    made = made.sort_values(["method", "target", "gene"], key=lambda x: order.get_indexer(x) if x.name == "method" else x)
+    table.write(made.reset_index(drop=True), out)
     logger.info("%d targets, %d genes, methods %s", len(targets), len(measured.genes), ", ".join(inference.methods))
 
 
