@@ -85,6 +85,11 @@ def test_nothing_is_pickled():
         assert not forbidden.search(path.read_text()), path
 
 
+def test_compiled_loops_are_in_one_file():
+    """numba keeps compiled loops until their own file changes: one that calls a function of another file would go stale."""
+    assert [path.name for path in MODULES if "numba" in {name.split(".")[0] for name in imported(path)}] == ["kernels.py"]
+
+
 def test_environments_are_pinned_from_the_lock():
     sys.path.insert(0, str(REPO / "envs"))
     import pin

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from scipy import special
 from torch import nn
 
 from dbdiffusion.config.generator import VaeConfig
-from dbdiffusion.generative import denoiser, denoiser_cpu, kernels, optimiser, training
+from dbdiffusion.generative import denoiser, kernels, optimiser, training
 from dbdiffusion.generative.denoiser import Denoiser
 from dbdiffusion.generative.kernels import array
 from dbdiffusion.generative.optimiser import AdamW
@@ -87,7 +89,7 @@ def test_denoiser_by_hand_against_autograd(monkeypatch, widths: list[int], null_
     index[:dropped] = conditions  # The null label.
     values = torch.randn(conditions, 5, generator=stream)
     called = []
-    monkeypatch.setattr(denoiser_cpu, "_modulated", lambda *a, loop=denoiser_cpu._modulated: called.append(1) or loop(*a))
+    monkeypatch.setattr(kernels, "modulated", lambda *a, loop=kernels.modulated: called.append(1) or loop(*a))
 
     def run(by_hand: bool, half: bool = False) -> list[torch.Tensor]:
         monkeypatch.setattr(denoiser, "fused", lambda *tensors: by_hand)
@@ -168,6 +170,24 @@ def test_adamw_against_torch(monkeypatch, clip: float, loop: bool) -> None:
         slow.step()
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("written", [[], [0], [0, 1]])
+def test_gradients_count_wherever_they_lie(written: list[int]) -> None:
+    """Some where the optimiser reads them, others not."""
+    torch.manual_seed(0)
+    start, gradients = nn.Linear(3, 2), [torch.randn(2, 3), torch.randn(2)]
+    networks = [copy.deepcopy(start) for _ in range(2)]
+    mine, theirs = (AdamW(list(network.parameters()), 0.1, 0.5) for network in networks)
+    for _ in range(2):
+        given = list(gradients)
+        for i in written:
+            mine.parameters[i].gradient_place.copy_(gradients[i])
+            given[i] = mine.parameters[i].gradient_place
+        mine.step(given, 0.1)
+        theirs.step(gradients, 0.1)
+        assert torch.equal(mine.values, theirs.values)
+        gradients = [2 * g - 1 for g in gradients]
 
 
 def test_state_of_the_optimiser_is_taken_whole_or_not_at_all() -> None:

@@ -66,8 +66,9 @@ def test_interrupted_diffusion_ends_with_the_same_bits(tmp_path: Path, stops: tu
     assert resumed.best_epoch == fitted.best_epoch
 
 
-def test_interrupted_autoencoder_ends_with_the_same_bits(tmp_path: Path, toy) -> None:
-    config = VaeConfig(hidden=[16], latent=3, likelihood="nb", norm="batch", batch_size=32, max_steps=30, checkpoint_seconds=1e-9)
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_interrupted_autoencoder_ends_with_the_same_bits(tmp_path: Path, toy, norm: str) -> None:
+    config = VaeConfig(hidden=[16], latent=3, likelihood="nb", norm=norm, batch_size=32, max_steps=30, checkpoint_seconds=1e-9)
     whole, _ = fit_vae(toy, config, device=CPU, seed=5)
     with pytest.raises(StopTraining):
         fit_vae(toy, config, device=CPU, seed=5, scratch=tmp_path, on_step=stop_at(17))

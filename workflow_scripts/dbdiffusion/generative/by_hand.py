@@ -2,13 +2,14 @@
 
 A step of a small network is dozens of operations of some ten microseconds each; making a tensor, or numpy's view of one for a loop, would
 take one or two more every time. So a step is an object that is made once for a number of rows and keeps its tensors from batch to batch:
-activations, gradients, and in bfloat16 its weights. To torch it is one node of a graph (`differentiable`).
+activations, gradients, and in bfloat16 its weights. To torch it is one node of a graph.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,12 +37,13 @@ def low(x: Tensor, half: bool) -> Both:
 
 
 class Value(Both):
-    """A parameter, and its gradient: in `.grad`, where the optimiser may have put it."""
+    """A parameter, and where its gradient is left: at `gradient_place`, where an optimiser has given it one."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
         super().__init__(parameter.detach())
         self.source = parameter
-        self.grad = Both(torch.empty_like(self.tensor) if parameter.grad is None else parameter.grad)
+        place = getattr(parameter, "gradient_place", None)
+        self.grad = Both(torch.empty_like(self.tensor) if place is None else place)
 
 
 class Linear:
@@ -51,7 +53,7 @@ class Linear:
         after, before = weight.tensor.shape
         self.weight, self.half = weight, half
         self.used = torch.empty_like(weight.tensor, dtype=torch.bfloat16) if half else weight.tensor
-        self.turned, self.out, self.by_x = self.used.t(), empty(n, after, half=half), empty(n, before, half=half)
+        self.turned, self.out, self._shape = self.used.t(), empty(n, after, half=half), (n, before)
         self.by_weight = torch.empty_like(self.used) if half else weight.grad.tensor
 
     def __call__(self, x: Both) -> Both:
@@ -61,14 +63,18 @@ class Linear:
         torch.mm(self.x, self.turned, out=self.out.tensor)
         return self.out
 
-    def backward(self, grad: Both, wanted: bool = True) -> Both:
-        """Gradient of x (unset unless wanted); the weight's is left in its place."""
+    @cached_property
+    def by_x(self) -> Both:
+        return empty(*self._shape, half=self.half)
+
+    def backward(self, grad: Both, wanted: bool = True) -> Both | None:
+        """Gradient of x (None unless wanted); the weight's is left in its place."""
         if wanted:
             torch.mm(grad.tensor, self.used, out=self.by_x.tensor)
         torch.mm(grad.tensor.t(), self.x, out=self.by_weight)
         if self.half:
             self.weight.grad.tensor.copy_(self.by_weight)
-        return self.by_x
+        return self.by_x if wanted else None
 
 
 class Step(ABC):
@@ -76,8 +82,6 @@ class Step(ABC):
 
     values: Sequence[Value]
     """All parameters."""
-    turn = 0
-    """Counts losses and gradients taken."""
 
     @abstractmethod
     def forward(self, *inputs: Any) -> float:
@@ -88,38 +92,51 @@ class Step(ABC):
         """Leave the gradients of the latest loss in those of `values`."""
 
 
-class Kept:
-    """A network's latest step: made anew for another `key`, and where parameters or their gradients have moved."""
+class ByHand(nn.Module):
+    """A network that keeps the step of its latest loss.
+
+    torch.autograd.grad gives the gradients of the latest loss alone, once; they lie in memory that the next loss uses again. The step is
+    made anew where parameters or their gradients have moved, and let go where the network goes over to evaluation or back.
+    """
 
     def __init__(self) -> None:
+        super().__init__()
+        self._step: Step | None = None
         self._key: Hashable = None
+        self.losses = 0
 
-    def step(self, make: Callable[[list[Value | None]], Step], parameters: Sequence[nn.Parameter | None], *key: Hashable) -> Step:
-        """make: the step of these parameters, None where there is none."""
-        every = key, *((p.data_ptr(), p.grad is None or p.grad.data_ptr()) for p in parameters if p is not None)
-        if self._key != every:
-            self._key, self._step = every, make([None if p is None else Value(p) for p in parameters])
-        return self._step
+    def train(self, mode: bool = True) -> ByHand:
+        self._step = self._key = None
+        return super().train(mode)
+
+    def loss_by_hand(
+        self,
+        make: Callable[[list[Value | None]], Step],
+        parameters: Sequence[nn.Parameter | None],
+        key: Hashable,
+        inputs: Sequence[Any],
+    ) -> Tensor:
+        """The loss that the step of `parameters` (None where there is none) has for the inputs; key: what `make` depends on besides."""
+        places = (getattr(p, "gradient_place", None) for p in parameters)
+        memory = tuple((p is None or p.data_ptr(), place is None or place.data_ptr()) for p, place in zip(parameters, places, strict=True))
+        if self._key != (key, memory):
+            self._step = self._key = None  # Let go before the next one is made.
+            self._step, self._key = make([None if p is None else Value(p) for p in parameters]), (key, memory)
+        return _Node.apply(self, self._step, inputs, *(value.source for value in self._step.values))
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, step: Step, inputs: tuple, *parameters: Tensor) -> Tensor:
-        value = parameters[0].new_tensor(step.forward(*inputs))
-        step.turn += 1
-        ctx.step, ctx.turn = step, step.turn
-        return value
+    def forward(ctx: FunctionCtx, network: ByHand, step: Step, inputs: Sequence[Any], *parameters: Tensor) -> Tensor:
+        network.losses += 1
+        ctx.network, ctx.step, ctx.turn = network, step, network.losses
+        return parameters[0].new_tensor(step.forward(*inputs))
 
     @staticmethod
     def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.step.turn != ctx.turn:
-            raise RuntimeError("the step has gone on to another batch: gradients are those of its latest loss, taken once")
-        ctx.step.turn += 1
+        if ctx.network.losses != ctx.turn:
+            raise RuntimeError("gradients are there for the network's latest loss alone, and once")
+        ctx.network.losses += 1
         ctx.step.backward()
         grads = [value.grad.tensor for value in ctx.step.values]
-        return None, None, *(grads if float(scale) == 1 else [grad * scale for grad in grads])
-
-
-def differentiable(step: Step, *inputs: Any) -> Tensor:
-    """The loss, whose gradients by the parameters torch can ask for once, before the next one."""
-    return _Node.apply(step, inputs, *(value.source for value in step.values))
+        return None, None, None, *(grads if float(scale) == 1 else [grad * scale for grad in grads])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dbdiffusion.generative import denoiser_cpu
-from dbdiffusion.generative.by_hand import Kept, Value, differentiable
+from dbdiffusion.generative.by_hand import ByHand, Value
 from dbdiffusion.generative.kernels import fused
 from dbdiffusion.generative.networks import timestep_embedding
 
@@ -32,7 +32,7 @@ class Block(nn.Module):
         return nn.functional.silu(self.norm(torch.addcmul(time, x, label)))
 
 
-class Denoiser(nn.Module):
+class Denoiser(ByHand):
     """Widths descend level by level and come back, the levels of equal width joined by additive skips.
 
     coordinates: width of the latent; condition: dimensions of a perturbation's condition; null_token: `learned`, an embedding of its
@@ -58,7 +58,6 @@ class Denoiser(nn.Module):
         self.out = nn.Linear(widths[0], coordinates)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        self._kept = Kept()
 
     def embed(self, condition: Tensor) -> Tensor:
         """Conditions (u, condition) to label embeddings (u, width)."""
@@ -102,21 +101,24 @@ class Denoiser(nn.Module):
         """`misfit` without a graph in between."""
         if self.null is None:
             conditions = torch.cat([conditions, torch.zeros_like(conditions[:1])])
-        if len(conditions) >= len(y):
-            taken, index = index.unique(return_inverse=True)
-            conditions = conditions[taken[taken < len(conditions)]]
+        null, n = len(conditions), len(y)
+        if null > n:
+            # Those that are taken, at most n, and the first ones again to make n: the step is that of n conditions whatever the batch.
+            taken, at = index.unique(return_inverse=True)
+            taken, index = taken[taken < null], at.masked_fill(index == null, n)
+            conditions = conditions[torch.cat([taken, taken.new_zeros(n - len(taken))])]
         shape, half = (len(self.down), self.sizes, self.null is not None), torch.is_autocast_enabled("cpu")
         size = len(y), len(conditions)
 
         def made(values: list[Value | None]) -> denoiser_cpu.Misfit:
             return denoiser_cpu.Misfit(values, *size, *shape, half, self.down[0].norm.eps)
 
-        step = self._kept.step(made, self._in_order, *size, half)
-        return differentiable(step, y, self.waves.index_select(0, t), conditions, index, target, weight)
+        inputs = y, self.waves.index_select(0, t), conditions, index, target, weight
+        return self.loss_by_hand(made, self._in_order, (*size, half), inputs)
 
     @cached_property
     def _in_order(self) -> list[nn.Parameter]:
-        """Parameters as the pass by hand takes them."""
+        """Parameters as the pass by hand takes them; what they are never changes, where their values lie may."""
         linears = [self.time[0], self.time[2], self.time_out, self.label[0], self.label[2], self.label_out]
         pairs = [*linears, *(part for block in (*self.down, *self.up) for part in (block.linear, block.norm)), self.out]
         return [value for part in pairs for value in (part.weight, part.bias)] + ([] if self.null is None else [self.null])

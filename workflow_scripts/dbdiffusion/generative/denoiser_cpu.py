@@ -1,8 +1,8 @@
 """The denoiser on a CPU, forward and backward by hand.
 
-The same mathematics as `denoiser.Denoiser`, which is the definition: products by torch, all between two products in one loop each (here and
-in `kernels`), and no graph in between, which costs as much as a small network's products. Under autocast products are of bfloat16, and so
-is what goes into and comes out of them, sums with skips included; what is in between is in single precision.
+The same mathematics as `denoiser.Denoiser`, which is the definition: products by torch, all between two products in one loop each
+(`kernels`), and no graph in between, which costs as much as a small network's products. Under autocast products are of bfloat16, and so is
+what goes into and comes out of them, sums with skips included; what is in between is in single precision.
 """
 
 from __future__ import annotations
@@ -11,57 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor, nn
 
 from dbdiffusion.generative import kernels
 from dbdiffusion.generative.by_hand import Both, Linear, Step, Value, empty, low
-from dbdiffusion.generative.kernels import SUMS, F, array, narrow, norm_silu, norm_silu_backward, wide
-
-
-@njit(**SUMS)
-def _modulated(x, offset, label, label_offset, index, time, time_offset, at, gain, bias, epsilon, hat, inverse, out):
-    """SiLU(LayerNorm((x + offset) label[index] + time)), label and time being columns `at` to at + d of wider arrays.
-
-    x (n, d); label (u, S) with rows index (n,); time (n, S) or (1, S); offset (d,), label_offset and time_offset (S,): added to every row
-    of these; gain, bias (d,). Into out (n, d), and for the backward pass `hat` (n, d) and `inverse` (n,) of `norm_silu`. x, label, time
-    and out can be bfloat16.
-    """
-    n, d = x.shape
-    own, of_label, of_time = len(time) > 1, label_offset[at : at + d], time_offset[at : at + d]
-    for i in range(n):
-        row, moved = label[index[i], at : at + d], time[i if own else 0, at : at + d]
-        for j in range(d):
-            hat[i, j] = (wide(x[i, j]) + offset[j]) * (wide(row[j]) + of_label[j]) + (wide(moved[j]) + of_time[j])
-        inverse[i] = norm_silu(hat[i], gain, bias, epsilon, out[i])
-
-
-@njit(**SUMS)
-def _modulated_backward(
-    grad, x, offset, label, label_offset, index, at, gain, bias, hat, inverse,
-    by_x, by_offset, by_label, by_time, by_moved, by_gain, by_bias,
-):  # fmt: skip
-    """Backward pass of `_modulated`, each row with a time of its own: grad (n, d) of its output into gradients of its inputs.
-
-    by_x (n, d); by_label (u, S), its columns, to which is added; by_time (n, S), its columns; by_moved (S,), its columns: of time_offset;
-    by_offset, by_gain, by_bias (d,). grad, x, label, by_x and by_time can be bfloat16.
-    """
-    n, d = x.shape
-    by_sum = np.empty(d, dtype=np.float32)
-    own_offset, of_moved = label_offset[at : at + d], by_moved[at : at + d]
-    for sums in (by_gain, by_bias, by_offset, of_moved):
-        sums[:] = F(0.0)
-    for i in range(n):
-        k = index[i]
-        row, of_label, of_time = label[k, at : at + d], by_label[k, at : at + d], by_time[i, at : at + d]
-        norm_silu_backward(grad[i], hat[i], inverse[i], gain, bias, by_sum, by_gain, by_bias)
-        for j in range(d):
-            of_time[j] = narrow(of_time, by_sum[j])
-            of_moved[j] += by_sum[j]
-            of_label[j] += by_sum[j] * (wide(x[i, j]) + offset[j])
-            by_row = by_sum[j] * (wide(row[j]) + own_offset[j])
-            by_x[i, j] = narrow(by_x, by_row)
-            by_offset[j] += by_row
+from dbdiffusion.generative.kernels import array
 
 
 def modulated(x: Tensor, label: Tensor, time: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -71,7 +25,7 @@ def modulated(x: Tensor, label: Tensor, time: Tensor, norm: nn.LayerNorm) -> Ten
     rows, table, none = x.reshape(-1, d).contiguous(), label.reshape(-1, d).contiguous(), x.new_zeros(d)
     known = [array(value) for value in (rows, none, table, none, index, time.contiguous(), none)]
     out, made = torch.empty_like(rows), (torch.empty_like(rows), x.new_empty(len(rows)))
-    _modulated(*known, 0, array(norm.weight), array(norm.bias), np.float32(norm.eps), *map(array, made), array(out))
+    kernels.modulated(*known, 0, array(norm.weight), array(norm.bias), np.float32(norm.eps), *map(array, made), array(out))
     return out.view(x.shape)
 
 
@@ -112,20 +66,20 @@ class _Block:
     def __call__(self, y: Both, label: Both, label_offset: Value, index: np.ndarray, time: Both, time_offset: Value) -> Both:
         self.x, self.index = self.linear(y), index
         known = (label.array, label_offset.array, index, time.array, time_offset.array, self.at, self.gain.array, self.bias.array)
-        _modulated(self.x.array, self.offset.array, *known, self.epsilon, self.hat.array, self.inverse.array, self.out.array)
+        kernels.modulated(self.x.array, self.offset.array, *known, self.epsilon, self.hat.array, self.inverse.array, self.out.array)
         return self.out
 
     def backward(
         self, grad: Both, label: Both, label_offset: Value, by_label: Both, by_time: Both, time_offset: Value, wanted: bool
-    ) -> Both:
-        """Gradient of y (unset unless wanted); those of label, time and time_offset are left in their columns."""
+    ) -> Both | None:
+        """Gradient of y (None unless wanted); those of label, time and time_offset are left in their columns."""
         known = self.x, self.offset, label, label_offset
         norm = self.gain, self.bias, self.hat, self.inverse
         by_projections = by_label, by_time, time_offset.grad
         # The gradient before the next product lies where the output was, which no one needs any more.
         made = self.out, self.offset.grad, *by_projections, self.gain.grad, self.bias.grad
         some = (x.array for x in (*norm, *made))
-        _modulated_backward(grad.array, *(x.array for x in known), self.index, self.at, *some)
+        kernels.modulated_backward(grad.array, *(x.array for x in known), self.index, self.at, *some)
         return self.linear.backward(self.out, wanted)
 
 
@@ -150,7 +104,8 @@ class Misfit(Step):
         self.null = next(rest) if null else None
         (width, coordinates), every = (len(x.array) for x in (self.embed.offsets[-1], self.out_offset)), sum(sizes)
         self.table, self.by_out = empty(labels, width, half=half), empty(n, coordinates, half=half)
-        self.by_labels, self.by_labels_low = empty(labels, every), empty(labels, every, half=half)
+        self.by_labels = empty(labels, every)
+        self.by_labels_low = empty(labels, every, half=True) if half else self.by_labels
 
     def forward(self, y: Tensor, waves: Tensor, conditions: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> float:
         """y, target (n, coordinates); waves (n, width), sines of the timesteps; conditions (u, condition); index, weight (n,)."""
@@ -179,7 +134,8 @@ class Misfit(Step):
             if i >= levels:
                 skips[2 * levels - 2 - i] = grad
             grad = self.blocks[i].backward(grad, *projections, wanted=i > 0)
-        self.by_labels_low.tensor.copy_(self.by_labels.tensor)
+        if self.half:
+            self.by_labels_low.tensor.copy_(self.by_labels.tensor)
         by_table = self.label_out.backward(self.by_labels_low).tensor
         torch.sum(self.by_labels.tensor, 0, out=self.label_offset.grad.tensor)
         if self.null is not None:

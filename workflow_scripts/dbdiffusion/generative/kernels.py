@@ -4,7 +4,8 @@ A small network on a CPU spends more time between its products than in them: tor
 operation, and takes its logarithms and exponentials two to four times slower than a vector unit can. Here a row stays in the cache while
 everything is done to it. Single precision, C-contiguous numpy arrays, no threads; the callers hold the same mathematics in torch, which
 serves GPUs and other precisions and is what the tests compare with. What enters or leaves a product can be bfloat16 (`wide`, `narrow`):
-its conversion costs next to nothing within a loop, and a pass over the batch outside.
+its conversion costs next to nothing within a loop, and a pass over the batch outside. All loops are in this file: numba keeps what it has
+compiled until the loop's own file changes, and does not look at files of functions that the loop calls.
 
 exp and ln are the polynomials of the Cephes library (S. Moshier; single precision, relative error about 1e-7): plain arithmetic, which the
 compiler turns into vector instructions, as it does not with calls of the C library.
@@ -273,3 +274,190 @@ def norm_silu_backward(grad, hat, inverse, gain, bias, by_x, by_gain, by_bias):
     second /= d
     for j in range(hat.size):
         by_x[j] = inverse * (by_x[j] - first - hat[j] * second)
+
+
+@njit(**SUMS)
+def modulated(x, offset, label, label_offset, index, time, time_offset, at, gain, bias, epsilon, hat, inverse, out):
+    """SiLU(LayerNorm((x + offset) label[index] + time)), label and time being columns `at` to at + d of wider arrays.
+
+    x (n, d); label (u, S) with rows index (n,); time (n, S) or (1, S); offset (d,), label_offset and time_offset (S,): added to every row
+    of these; gain, bias (d,). Into out (n, d), and for the backward pass `hat` (n, d) and `inverse` (n,) of `norm_silu`. x, label, time
+    and out can be bfloat16.
+    """
+    n, d = x.shape
+    own, of_label, of_time = len(time) > 1, label_offset[at : at + d], time_offset[at : at + d]
+    for i in range(n):
+        row, moved = label[index[i], at : at + d], time[i if own else 0, at : at + d]
+        for j in range(d):
+            hat[i, j] = (wide(x[i, j]) + offset[j]) * (wide(row[j]) + of_label[j]) + (wide(moved[j]) + of_time[j])
+        inverse[i] = norm_silu(hat[i], gain, bias, epsilon, out[i])
+
+
+@njit(**SUMS)
+def modulated_backward(
+    grad, x, offset, label, label_offset, index, at, gain, bias, hat, inverse,
+    by_x, by_offset, by_label, by_time, by_moved, by_gain, by_bias,
+):  # fmt: skip
+    """Backward pass of `modulated`, each row with a time of its own: grad (n, d) of its output into gradients of its inputs.
+
+    by_x (n, d); by_label (u, S), its columns, to which is added; by_time (n, S), its columns; by_moved (S,), its columns: of time_offset;
+    by_offset, by_gain, by_bias (d,). grad, x, label, by_x and by_time can be bfloat16.
+    """
+    n, d = x.shape
+    by_sum = np.empty(d, dtype=np.float32)
+    own_offset, of_moved = label_offset[at : at + d], by_moved[at : at + d]
+    for sums in (by_gain, by_bias, by_offset, of_moved):
+        sums[:] = F(0.0)
+    for i in range(n):
+        k = index[i]
+        row, of_label, of_time = label[k, at : at + d], by_label[k, at : at + d], by_time[i, at : at + d]
+        norm_silu_backward(grad[i], hat[i], inverse[i], gain, bias, by_sum, by_gain, by_bias)
+        for j in range(d):
+            of_time[j] = narrow(of_time, by_sum[j])
+            of_moved[j] += by_sum[j]
+            of_label[j] += by_sum[j] * (wide(x[i, j]) + offset[j])
+            by_row = by_sum[j] * (wide(row[j]) + own_offset[j])
+            by_x[i, j] = narrow(by_x, by_row)
+            by_offset[j] += by_row
+
+
+@njit(**SUMS)
+def scaled(values, rows, factor, offset, out):
+    """values[rows] factor + offset, by column, into out (n, d), which can be bfloat16."""
+    for i in range(rows.size):
+        row = values[rows[i]]
+        for j in range(row.size):
+            x = row[j] * factor[j] + offset[j]
+            out[i, j] = narrow(out, x)
+
+
+@njit(**SUMS)
+def normalised(x, table, index, gain, bias, epsilon, hat, inverse, out):
+    """SiLU(LayerNorm(x + table[index])) into out (n, d), and for the backward pass `hat` (n, d) and `inverse` (n,) of `norm_silu`.
+
+    x (n, d); table (u, d), of which each row takes one by index (n,); gain, bias (d,). x and out can be bfloat16.
+    """
+    for i in range(len(x)):
+        row = table[index[i]]
+        for j in range(row.size):
+            hat[i, j] = wide(x[i, j]) + row[j]
+        inverse[i] = norm_silu(hat[i], gain, bias, epsilon, out[i])
+
+
+@njit(**SUMS)
+def normalised_backward(grad, index, gain, bias, hat, inverse, by_x, by_table, by_gain, by_bias):
+    """Backward pass of `normalised`: grad (n, d) of its output into by_x (n, d), by_table (u, d), by_gain and by_bias (d,). grad and by_x
+    can be bfloat16."""
+    by_row = np.empty(gain.size, dtype=np.float32)
+    by_table[:], by_gain[:], by_bias[:] = F(0.0), F(0.0), F(0.0)
+    for i in range(len(hat)):
+        of_table = by_table[index[i]]
+        norm_silu_backward(grad[i], hat[i], inverse[i], gain, bias, by_row, by_gain, by_bias)
+        for j in range(by_row.size):
+            by_x[i, j] = narrow(by_x, by_row[j])
+            of_table[j] += by_row[j]
+
+
+@njit(**SUMS)
+def posterior(encoded, offset, noise, low, high, moments, latent, divergence):
+    """Mean and unlimited log variance, encoded + offset, into moments (n, 2 k); a draw with noise (n, k) into latent (n, k); and the KL
+    divergence from N(0, 1), mean over rows, into divergence (k,). encoded (n, 2 k) and latent can be bfloat16."""
+    n, k = noise.shape
+    divergence[:] = F(0.0)
+    for i in range(n):
+        for j in range(k):
+            mean, given = wide(encoded[i, j]) + offset[j], wide(encoded[i, k + j]) + offset[k + j]
+            moments[i, j] = mean
+            moments[i, k + j] = given
+            log_variance = min(max(given, low), high)
+            deviation = exp(F(0.5) * log_variance)
+            drawn = mean + noise[i, j] * deviation
+            latent[i, j] = narrow(latent, drawn)
+            divergence[j] += F(0.5) * (mean * mean + deviation * deviation - F(1.0) - log_variance)
+    for j in range(k):
+        divergence[j] /= F(n)
+
+
+@njit(**SUMS)
+def posterior_backward(grad, moments, noise, low, high, weight, by_encoded, by_offset):
+    """Backward pass of `posterior`: grad (n, k) of latent and weight (k,), the gradient of each row's divergence, into by_encoded (n, 2 k)
+    and by_offset (2 k,). grad and by_encoded can be bfloat16."""
+    n, k = noise.shape
+    by_offset[:] = F(0.0)
+    for i in range(n):
+        for j in range(k):
+            mean, given, by_latent = moments[i, j], moments[i, k + j], wide(grad[i, j])
+            deviation = exp(F(0.5) * given)
+            by_mean = by_latent + weight[j] * mean
+            by_variance = F(0.5) * (by_latent * noise[i, j] * deviation + weight[j] * (deviation * deviation - F(1.0)))
+            if given < low or given > high:
+                by_variance = F(0.0)
+            by_encoded[i, j] = narrow(by_encoded, by_mean)
+            by_encoded[i, k + j] = narrow(by_encoded, by_variance)
+            by_offset[j] += by_mean
+            by_offset[k + j] += by_variance
+
+
+@njit(**EXACT)
+def negative_binomial(counts, rows, log_rate, table, index, log_size, log_r, largest_log_r, largest_gap, weight, by_rate, by_table, by_r):
+    """`weight` times the sum over rows and genes of -ln NB(counts[rows]; mean exp(log_rate + table[index] + log_size), r), without
+    ln(counts!), and its gradients: into by_rate (n, G), by_table (u, G) and by_r (G,), the last by ln r.
+
+    counts (N, G); rows, index, log_size (n,); log_rate (n, G); table (u, G); log_r (G,), cut at largest_log_r, as ln(mean / r) is at
+    largest_gap. log_rate and by_rate can be bfloat16. Formulas: `likelihood._NegativeBinomial`.
+    """
+    genes, given_log_r = log_r.size, log_r
+    log_r = np.minimum(given_log_r, largest_log_r)
+    r, at_r, slope_r, each = np.empty_like(log_r), np.empty_like(log_r), np.empty_like(log_r), np.empty_like(log_r)
+    by_table[:], by_r[:] = F(0.0), F(0.0)
+    for j in range(genes):
+        r[j] = exp(log_r[j])
+        at_r[j], slope_r[j] = log_gamma_and_digamma(r[j])
+    value = 0.0
+    for i in range(rows.size):
+        seen, given, out = counts[rows[i]], log_rate[i], by_rate[i]
+        row, of_table = table[index[i]], by_table[index[i]]
+        for j in range(genes):
+            c = seen[j]
+            every = c + r[j]
+            gap = min(wide(given[j]) + row[j] + (log_size[i] - log_r[j]), largest_gap)
+            u = exp(gap)
+            excess = log1p(u)
+            at_every, slope = log_gamma_and_digamma(every)
+            each[j] = at_r[j] - at_every + every * excess - c * gap
+            slope_mean = u / (u + F(1.0)) * every - c
+            by_mean = weight * slope_mean
+            out[j] = narrow(out, by_mean)
+            of_table[j] += by_mean
+            by_r[j] += weight * ((excess + slope_r[j] - slope) * r[j] - slope_mean)
+        value += total(each)
+    for j in range(genes):
+        if given_log_r[j] > largest_log_r:
+            by_r[j] = F(0.0)
+    return value * weight
+
+
+@njit(**SUMS)
+def gaussian(observed, rows, mean, table, index, log_variance, weight, by_mean, by_table, by_log_variance):
+    """`weight` times the sum over rows and genes of -ln N(observed[rows]; mean + table[index], variance), without its constant, and its
+    gradients: into by_mean (n, G), by_table (u, G) and by_log_variance (G,).
+
+    observed (N, G); rows, index (n,); mean (n, G); table (u, G); log_variance (G,). mean and by_mean can be bfloat16.
+    """
+    precision, each, value = np.empty_like(log_variance), np.empty_like(log_variance), 0.0
+    by_table[:], by_log_variance[:] = F(0.0), F(0.0)
+    for j in range(precision.size):
+        precision[j] = exp(-log_variance[j])
+    for i in range(rows.size):
+        seen, given, out = observed[rows[i]], mean[i], by_mean[i]
+        row, of_table = table[index[i]], by_table[index[i]]
+        for j in range(precision.size):
+            error = wide(given[j]) + row[j] - seen[j]
+            slope = error * precision[j]
+            each[j] = F(0.5) * (error * slope + log_variance[j])
+            by_row = weight * slope
+            out[j] = narrow(out, by_row)
+            of_table[j] += by_row
+            by_log_variance[j] += F(0.5) * weight * (F(1.0) - error * slope)
+        value += total(each)
+    return value * weight

@@ -20,9 +20,9 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 
 
 class AdamW:
-    """parameters: become views of `values` (n,), and their `.grad` of `gradient`: what is written there needs no copy; weight_decay:
-    decoupled, of matrices (intercepts by batch among them) alone, since pulling common intercepts and variances to 0 would bias what they
-    estimate; clip: largest norm of the gradient.
+    """parameters: become views of `values` (n,), and get a view of `gradient` as `gradient_place`, from where a gradient needs no copy;
+    weight_decay: decoupled, of matrices (intercepts by batch among them) alone, since pulling common intercepts and variances to 0 would
+    bias what they estimate; clip: largest norm of the gradient.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], weight_decay: float, clip: float) -> None:
@@ -33,14 +33,19 @@ class AdamW:
         self.gradient, self.first, self.second = (torch.zeros_like(self.values) for _ in range(3))
         self.steps = 0
         sizes = [p.numel() for p in self.parameters]
-        for p, part, grad in zip(self.parameters, self.values.split(sizes), self.gradient.split(sizes), strict=True):
-            p.data, p.grad = part.view_as(p), grad.view_as(p)
+        self.places = self.gradient.split(sizes)
+        for p, part, place in zip(self.parameters, self.values.split(sizes), self.places, strict=True):
+            p.data, p.gradient_place = part.view_as(p), place.view_as(p)
 
     def step(self, gradients: Sequence[Tensor], rate: float) -> None:
         """One update with learning rate `rate`, of the gradients of `parameters`, in their order."""
         self.steps += 1
-        if any(g.data_ptr() != p.grad.data_ptr() for g, p in zip(gradients, self.parameters, strict=True)):
+        elsewhere = [(place, g) for place, g in zip(self.places, gradients, strict=True) if g.data_ptr() != place.data_ptr()]
+        if len(elsewhere) == len(self.places):
             torch.cat([g.reshape(-1) for g in gradients], out=self.gradient)
+        else:
+            for place, g in elsewhere:
+                place.copy_(g.reshape(-1))
         correct, kept = [1 - beta**self.steps for beta in BETAS], 1 - rate * self.weight_decay
         if fused(self.values):
             norm = math.sqrt(kernels.sum_of_squares(array(self.gradient)))

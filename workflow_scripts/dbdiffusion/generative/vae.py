@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dbdiffusion.config.generator import VaeConfig
 from dbdiffusion.data.sets import EffectSet
 from dbdiffusion.generative import checkpoint, vae_cpu
-from dbdiffusion.generative.by_hand import Kept, Value, differentiable
+from dbdiffusion.generative.by_hand import ByHand, Value
 from dbdiffusion.generative.cells import TARGET_SUM, Cells, Matrix, load_cells
 from dbdiffusion.generative.kernels import fused
 from dbdiffusion.generative.likelihood import LARGEST_GAP, LARGEST_LOG_R, expected_log1p, nb_negative_log_likelihood
@@ -47,7 +47,7 @@ LOG_VARIANCE_LIMIT = (-12.0, 6.0)
 """Range of the posterior's log variance."""
 
 
-class CellVae(nn.Module):
+class CellVae(ByHand):
     """Encoder and decoder. genes, batches: numbers of genes and batches."""
 
     def __init__(self, genes: int, batches: int, config: VaeConfig) -> None:
@@ -70,7 +70,6 @@ class CellVae(nn.Module):
         self.register_buffer("batch_share", torch.full((batches,), 1.0 / batches))
         self.register_buffer("latent_mean", torch.zeros(self.latent))
         self.register_buffer("latent_sd", torch.ones(self.latent))
-        self._kept = Kept()
 
     @property
     def counts(self) -> bool:
@@ -129,9 +128,12 @@ class CellVae(nn.Module):
 
     def decode(self, latent: Tensor, batch: Tensor) -> Tensor:
         """Latent (n, latent) to mean ln(1 + CP10k) (gaussian, autoencoder) or to ln of the rate per 10,000 counts (nb), (n, G)."""
-        out = self.to_genes(self.decoder(latent, batch), batch).float()
-        # In training the likelihood itself stays finite.
-        return out.clamp(*LOG_RATE_LIMIT) if self.counts and not self.training else out
+        out = self._decoded(latent, batch)
+        return out.clamp(*LOG_RATE_LIMIT) if self.counts else out
+
+    def _decoded(self, latent: Tensor, batch: Tensor) -> Tensor:
+        """Without the limits: the likelihood is finite beyond them."""
+        return self.to_genes(self.decoder(latent, batch), batch).float()
 
     def negative_log_likelihood(self, decoded: Tensor, observed: Tensor, log_library: Tensor) -> Tensor:
         """Per cell, summed over genes, in nats up to a constant of the data; squared error for the autoencoder.
@@ -151,7 +153,7 @@ class CellVae(nn.Module):
             return self._negative_bound_by_hand(data, rows, noise, kl_weight)
         expression, observed, log_library, batch = data.rows(rows)
         mean, log_variance = self.encode(expression, batch)
-        decoded = self.decode(mean + noise * torch.exp(0.5 * log_variance), batch)
+        decoded = self._decoded(mean + noise * torch.exp(0.5 * log_variance), batch)
         misfit = self.negative_log_likelihood(decoded, observed, log_library).mean()
         return (misfit + kl_weight * kl_to_standard_normal(mean, log_variance, self.config.free_bits)) / self.genes
 
@@ -163,12 +165,11 @@ class CellVae(nn.Module):
             design = vae_cpu.Design(len(self.config.hidden), self.counts, *limits, self.config.free_bits, half, self.encoder[1].eps)
             return vae_cpu.NegativeBound(values, len(rows), design)
 
-        step = self._kept.step(made, self._in_order, len(rows), half)
-        return differentiable(step, data.seen(rows), noise, *self.input_scale(), kl_weight)
+        return self.loss_by_hand(made, self._in_order, (len(rows), half), (data.seen(rows), noise, *self.input_scale(), kl_weight))
 
     @cached_property
     def _in_order(self) -> list[nn.Parameter | None]:
-        """Parameters as the pass by hand takes them."""
+        """Parameters as the pass by hand takes them; what they are never changes, where their values lie may."""
         parts = [part for part in (*self.encoder, self.to_latent, *self.decoder, self.to_genes) if not isinstance(part, nn.SiLU)]
         return [*(value for part in parts for value in parameters_of(part)), self.spread]
 
@@ -240,6 +241,9 @@ class CellTensors:
 
     @classmethod
     def make(cls, cells: Cells, counts: bool, device: torch.device) -> CellTensors:
+        """Raises ValueError for a batch code without a batch: loops do not look."""
+        if not np.isin(cells.batch, range(len(cells.batches))).all():
+            raise ValueError(f"batch codes must be 0 to {len(cells.batches) - 1}, found {cells.batch.min()} to {cells.batch.max()}")
         expression = Matrix(cells.expression, device)
         return cls(
             expression,
@@ -256,10 +260,10 @@ class CellTensors:
 
     def seen(self, rows: Tensor) -> vae_cpu.Seen:
         """The same without a copy of rows that are held dense."""
-        expression, at = self.expression.held(rows)
-        observed = expression if self.observed is self.expression else self.observed.held(rows)[0]
+        expression = self.expression.held(rows)
+        observed = expression if self.observed is self.expression else self.observed.held(rows)
         of_rows = self.log_library.index_select(0, rows) - math.log(TARGET_SUM), self.batch.index_select(0, rows)
-        return vae_cpu.Seen(at, expression, observed, *of_rows)
+        return vae_cpu.Seen(*expression, *observed, *of_rows)
 
 
 def vae_loss(data: CellTensors, config: VaeConfig):
