@@ -55,6 +55,7 @@ def ours(train, held, seed: int) -> dict[str, float]:
     from dbdiffusion.generative.vae import CellTensors, fit_vae, kl_to_standard_normal
 
     cpu = torch.device("cpu")
+    fit_vae(train, VaeConfig(max_steps=2), device=cpu, seed=seed)  # Compiles the loops, which a machine does once.
     network, fitted = fit_vae(train, VaeConfig(), device=cpu, seed=seed)
     data, rows = CellTensors.make(held, True, cpu), torch.arange(len(held))
     with torch.no_grad():
