@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
-from dbdiffusion.generative import checkpoint
+from dbdiffusion.generative import checkpoint, diffusion, vae
 from dbdiffusion.generative.diffusion import fit_denoiser
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.training import Plan, fit, learning_rate, split_rows
@@ -83,6 +83,26 @@ def test_state_of_other_data_or_settings_is_not_resumed(tmp_path: Path) -> None:
     other, _ = fit_denoiser(latents(300), config, device=CPU, seed=5, scratch=tmp_path)
     fresh, _ = fit_denoiser(latents(300), config, device=CPU, seed=5)
     assert same(other.state_dict(), fresh.state_dict())
+
+
+@pytest.mark.parametrize(("edited", "first"), [(False, 11), (True, 1)])
+@pytest.mark.parametrize("module", [diffusion, vae])
+def test_state_of_other_code_is_not_resumed(tmp_path: Path, monkeypatch, toy, module, edited: bool, first: int) -> None:
+    settings = {"batch_size": 32, "max_steps": 20, "checkpoint_seconds": 1e-9}
+
+    def train(on_step) -> None:
+        if module is diffusion:
+            fit_denoiser(latents(), DiffusionConfig(widths=[8], **settings), device=CPU, seed=5, scratch=tmp_path, on_step=on_step)
+        else:
+            fit_vae(toy, VaeConfig(hidden=[8], latent=2, **settings), device=CPU, seed=5, scratch=tmp_path, on_step=on_step)
+
+    with pytest.raises(StopTraining):
+        train(stop_at(10))
+    if edited:
+        monkeypatch.setattr(module, "code_hash", lambda path: "another")
+    steps: list[int] = []
+    train(steps.append)
+    assert steps[0] == first
 
 
 def test_damaged_state_is_ignored(tmp_path: Path) -> None:

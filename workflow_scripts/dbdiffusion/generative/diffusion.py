@@ -28,6 +28,7 @@ from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.device import resolve_device
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.files import read_json, write_json
+from dbdiffusion.runtime.provenance import code_hash
 from dbdiffusion.runtime.seeds import derive_seed
 
 PARTS_OF = {"embedding": ("effects",), "features": ("features",), "both": ("effects", "features")}
@@ -165,9 +166,8 @@ def fit_denoiser(
     objective = Objective.make(config, device)
     train, held = split_rows(len(latents.mean), config.validation_share, derive_seed(seed, "diffusion"))
     plan = Plan.of(config, "diffusion", seed, train, device, ema=config.ema, validations=40)
-    key = checkpoint.digest(
-        config.model_dump(), str(plan.autocast), seed, latents.mean, latents.deviation, latents.label, latents.conditions
-    )
+    settings = code_hash(__file__), config.model_dump(), str(plan.autocast), seed
+    key = checkpoint.digest(*settings, latents.mean, latents.deviation, latents.label, latents.conditions)
     fitted = fit(
         network,
         diffusion_loss(latents, objective, config.label_dropout),

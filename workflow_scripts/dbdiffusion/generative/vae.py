@@ -35,6 +35,7 @@ from dbdiffusion.generative.training import Fitted, Plan, fit, split_rows, train
 from dbdiffusion.runtime.device import resolve_device
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.files import read_json, write_json
+from dbdiffusion.runtime.provenance import code_hash
 from dbdiffusion.runtime.seeds import derive_seed
 
 MIN_GENE_SD = 0.05
@@ -318,6 +319,7 @@ def fit_vae(
     grace = config.kl_warmup_share if network.variational and config.kl_weight > 0 else 0.0
     plan = Plan.of(config, "vae", seed, train, device, grace=grace)
     key = checkpoint.digest(
+        code_hash(__file__),
         config.model_dump(),
         str(plan.autocast),
         seed,
