@@ -18,7 +18,7 @@ from dbdiffusion.config.splits import SplitsConfig
 from dbdiffusion.data.moments import write_moments
 from dbdiffusion.data.sets import EffectSet, MeanSet
 from dbdiffusion.data.splits import Splits, write_splits
-from dbdiffusion.generative.generate import write_cells
+from dbdiffusion.generative.cell_file import write_cells
 from dbdiffusion.perturbations.effects import estimate_effects
 from dbdiffusion.runtime import contracts
 

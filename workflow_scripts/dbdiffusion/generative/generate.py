@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import anndata as ad
 import numpy as np
 import pandas as pd
 import torch
@@ -20,16 +19,16 @@ from torch import Tensor
 from dbdiffusion.config.generator import GenerationConfig
 from dbdiffusion.data.sets import EffectSet, MeanSet
 from dbdiffusion.generative import checkpoint
+from dbdiffusion.generative.cell_file import write_cells
 from dbdiffusion.generative.denoiser import Denoiser
 from dbdiffusion.generative.diffusion import Conditions, Objective, epsilon_of, load_diffusion, sampling_schedule
 from dbdiffusion.generative.offsets import MeanOffsets
 from dbdiffusion.generative.samplers import SAMPLERS
 from dbdiffusion.generative.schedule import NoiseSchedule
 from dbdiffusion.generative.vae import CellVae, load_vae
-from dbdiffusion.runtime.contracts import LOG_UNIT
 from dbdiffusion.runtime.device import resolve_device
 from dbdiffusion.runtime.errors import UserError
-from dbdiffusion.runtime.files import atomic_path, read_json
+from dbdiffusion.runtime.files import read_json
 from dbdiffusion.runtime.progress import Progress
 from dbdiffusion.runtime.seeds import derive_seed, rng
 
@@ -212,26 +211,3 @@ def write_generated(
             progress.update(1)
     MeanSet(known.names, known.roles, panel.genes, np.array(mean), np.array(variance)).write(means)
     write_cells(kept, known.names, known.roles, [about["crossfit"]] * len(kept), panel.genes, generated)
-
-
-def write_cells(
-    blocks: list[np.ndarray], names: pd.Index, roles: np.ndarray, crossfits: list[str] | list[np.ndarray], genes: pd.Index, path: str | Path
-) -> None:
-    """Write cells (n_i, G) of each perturbation i as one h5ad; crossfits: the model of each block or of each of its cells."""
-    sizes = [len(block) for block in blocks]
-    number = np.concatenate([np.arange(n) for n in sizes])
-    label = np.repeat(np.asarray(names, dtype=object), sizes)
-    obs = pd.DataFrame(
-        {
-            "perturbation": pd.Categorical(label),
-            "role": pd.Categorical(np.repeat(np.asarray(roles, dtype=object), sizes)),
-            "crossfit": pd.Categorical(
-                np.concatenate([np.broadcast_to(np.asarray(c, dtype=object), n) for c, n in zip(crossfits, sizes, strict=True)])
-            ),
-        },
-        index=pd.Index([f"{name}:{i}" for name, i in zip(label, number, strict=True)], name="cell"),
-    )
-    made = ad.AnnData(np.concatenate(blocks).astype(np.float32), obs=obs, var=pd.DataFrame(index=pd.Index(genes.astype(str), name="gene")))
-    made.uns["units"] = LOG_UNIT
-    with atomic_path(path) as temporary:
-        made.write_h5ad(temporary, compression="gzip")

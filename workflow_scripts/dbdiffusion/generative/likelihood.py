@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from scipy.stats import poisson
+from scipy.special import gammaln, xlogy
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -104,7 +104,8 @@ def _ratios(device: torch.device) -> Tensor:
     rates, scales = np.exp(np.linspace(*LOG_RATES, 241)), np.exp(np.linspace(*LOG_SCALES, 141))
     small = rates <= EXACT_BELOW
     counts = np.arange(int(EXACT_BELOW + 12 * math.sqrt(EXACT_BELOW)))
-    exact = poisson.pmf(counts, rates[small, None]) @ np.log1p(counts[:, None] * scales)
+    chance = np.exp(xlogy(counts, rates[small, None]) - rates[small, None] - gammaln(counts + 1))
+    exact = chance @ np.log1p(counts[:, None] * scales)
     # Fourth-order expansion in the central moments rate, rate and 3 rate^2 + rate.
     rate, slope = rates[~small, None], scales / (1 + rates[~small, None] * scales)
     series = np.log1p(rate * scales) - rate * slope**2 / 2 + rate * slope**3 / 3 - (3 * rate**2 + rate) * slope**4 / 4

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from dbdiffusion.data.sets import MeanSet
-from dbdiffusion.generative.generate import write_cells
+from dbdiffusion.generative.cell_file import write_cells
 from dbdiffusion.runtime.errors import UserError
 
 AVERAGED = ("target", "control")
