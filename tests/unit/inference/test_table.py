@@ -48,6 +48,12 @@ def test_every_method_target_and_gene_has_a_row_without_missing_numbers(written,
     assert frame.loc[frame["method"] == "neighbour_mean", "p_selection"].isna().all()
 
 
+def test_the_default_prediction_comes_first(written):
+    _, frame = written
+    assert frame["method"].unique().tolist() == ["stacked", "dbdiffusion", "neighbour_mean"]
+    assert all(part.equals(part.sort_values(["target", "gene"])) for _, part in frame.groupby("method"))
+
+
 def test_columns_agree_with_each_other(written):
     _, frame = written
     assert np.allclose(frame["estimate"] - frame["control_mean"], frame["lfc"])
