@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dbdiffusion.config.generator import VaeConfig
 from dbdiffusion.generative import denoiser, vae
-from dbdiffusion.generative.by_hand import ByHand
+from dbdiffusion.generative.by_hand import ByHand, gradients
 from dbdiffusion.generative.cells import Cells
 from dbdiffusion.generative.denoiser import Denoiser
 from dbdiffusion.generative.networks import seeded
@@ -88,7 +88,9 @@ def test_every_batch_as_autograd_has_it(monkeypatch, case: tuple[ByHand, Loss], 
             with precision():
                 slow, fast = both(seed, 40)
             torch.testing.assert_close(fast, slow, rtol=2e-2 if half else 1e-4, atol=0)
-            found, expected = single(fast, optimiser.parameters), single(slow, optimiser.parameters)
+            # Straight from the step, and through the graph.
+            way = gradients if seed % 2 else single
+            found, expected = way(fast, optimiser.parameters), single(slow, optimiser.parameters)
             assert all(g.data_ptr() == place.data_ptr() for g, place in zip(found, optimiser.places, strict=True))
             for mine, theirs in zip(found, expected, strict=True):
                 assert (mine - theirs).norm() <= (0.15 if half else 1e-4) * theirs.norm() + 1e-6
@@ -112,7 +114,8 @@ def test_precision_follows_autocast_from_call_to_call(case: tuple[ByHand, Loss])
         assert loss(network, 1, 20) == plain
 
 
-def test_gradients_of_an_earlier_loss_are_refused(case: tuple[ByHand, Loss]) -> None:
+@pytest.mark.parametrize("way", [gradients, single])
+def test_gradients_of_an_earlier_loss_are_refused(case: tuple[ByHand, Loss], way) -> None:
     network, loss = case
     parameters = list(network.parameters())
     for rows in (20, 30):
@@ -120,17 +123,17 @@ def test_gradients_of_an_earlier_loss_are_refused(case: tuple[ByHand, Loss]) -> 
         with torch.no_grad():
             loss(network, 2, rows)
         with pytest.raises(RuntimeError, match="latest loss"):
-            single(first, parameters)
+            way(first, parameters)
     last = loss(network, 1, 20)
     torch.autograd.grad(last, parameters, retain_graph=True)
     with pytest.raises(RuntimeError, match="latest loss"):
-        single(last, parameters)
+        way(last, parameters)
 
 
 def test_a_multiple_of_the_loss_has_multiples_of_its_gradients(case: tuple[ByHand, Loss]) -> None:
     network, loss = case
     parameters = list(network.parameters())
-    once, thrice = ([g.clone() for g in single(factor * loss(network, 1, 20), parameters)] for factor in (1, 3))
+    once, thrice = ([g.clone() for g in gradients(factor * loss(network, 1, 20), parameters)] for factor in (1, 3))
     for one, three in zip(once, thrice, strict=True):
         torch.testing.assert_close(3 * one, three)
     assert any(g.any() for g in once)

@@ -2,7 +2,7 @@
 
 A step of a small network is dozens of operations of some ten microseconds each; making a tensor, or numpy's view of one for a loop, would
 take one or two more every time. So a step is an object that is made once for a number of rows and keeps its tensors from batch to batch:
-activations, gradients, and in bfloat16 its weights. To torch it is one node of a graph.
+activations, gradients, and in bfloat16 its weights. To torch it is one node of a graph, which `gradients` goes past.
 """
 
 from __future__ import annotations
@@ -83,6 +83,15 @@ class Step(ABC):
     values: Sequence[Value]
     """All parameters."""
 
+    @cached_property
+    def sources(self) -> list[nn.Parameter]:
+        return [value.source for value in self.values]
+
+    @cached_property
+    def grads(self) -> dict[nn.Parameter, Tensor]:
+        """Where the gradients of the parameters are left."""
+        return {value.source: value.grad.tensor for value in self.values}
+
     @abstractmethod
     def forward(self, *inputs: Any) -> float:
         """The loss."""
@@ -122,7 +131,7 @@ class ByHand(nn.Module):
         if self._key != (key, memory):
             self._step = self._key = None  # Let go before the next one is made.
             self._step, self._key = make([None if p is None else Value(p) for p in parameters]), (key, memory)
-        return _Node.apply(self, self._step, inputs, *(value.source for value in self._step.values))
+        return _Node.apply(self, self._step, inputs, *self._step.sources)
 
 
 class _Node(torch.autograd.Function):
@@ -134,9 +143,25 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, scale: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.network.losses != ctx.turn:
-            raise RuntimeError("gradients are there for the network's latest loss alone, and once")
-        ctx.network.losses += 1
-        ctx.step.backward()
-        grads = [value.grad.tensor for value in ctx.step.values]
-        return None, None, None, *(grads if float(scale) == 1 else [grad * scale for grad in grads])
+        grads = _left(ctx).values()
+        return None, None, None, *(grads if float(scale) == 1 else (grad * scale for grad in grads))
+
+
+def _left(node: FunctionCtx) -> dict[nn.Parameter, Tensor]:
+    """The gradients that the step of a node leaves."""
+    if node.network.losses != node.turn:
+        raise RuntimeError("gradients are there for the network's latest loss alone, and once")
+    node.network.losses += 1
+    node.step.backward()
+    return node.step.grads
+
+
+def gradients(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Sequence[Tensor]:
+    """Those of a loss with regard to parameters, as torch.autograd.grad has them.
+
+    Of a loss by hand they come straight from its step: through the graph the same takes some 5 % of a training step longer.
+    """
+    if isinstance(getattr(loss.grad_fn, "step", None), Step):
+        found = _left(loss.grad_fn)
+        return [found[parameter] for parameter in parameters]
+    return torch.autograd.grad(loss, parameters)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -48,13 +49,13 @@ class AdamW:
                 place.copy_(g.reshape(-1))
         correct, kept = [1 - beta**self.steps for beta in BETAS], 1 - rate * self.weight_decay
         if fused(self.values):
-            norm = math.sqrt(kernels.sum_of_squares(array(self.gradient)))
+            norm = math.sqrt(kernels.sum_of_squares(self._arrays[1]))
             # As torch's own clipping: a gradient that is not finite stays so, and is noticed by the loss.
             scale = 1.0 if norm <= self.clip else self.clip / (norm + 1e-6)
             settings = [np.float32(x) for x in (scale, rate / correct[0], *BETAS, 1 / math.sqrt(correct[1]), EPSILON)]
-            whole, n = [array(x) for x in (self.values, self.gradient, self.first, self.second)], self.matrices.numel()
-            kernels.adam(*(x[:n] for x in whole), np.float32(kept), *settings)
-            kernels.adam(*(x[n:] for x in whole), np.float32(1), *settings)
+            n = self.matrices.numel()
+            kernels.adam(*(x[:n] for x in self._arrays), np.float32(kept), *settings)
+            kernels.adam(*(x[n:] for x in self._arrays), np.float32(1), *settings)
             return
         self.matrices.mul_(kept)
         self.gradient.mul_((self.clip / (torch.linalg.vector_norm(self.gradient) + 1e-6)).clamp(max=1.0))
@@ -62,6 +63,11 @@ class AdamW:
         self.second.mul_(BETAS[1]).addcmul_(self.gradient, self.gradient, value=1 - BETAS[1])
         spread = self.second.sqrt().div_(math.sqrt(correct[1])).add_(EPSILON)
         self.values.addcdiv_(self.first, spread, value=-rate / correct[0])
+
+    @cached_property
+    def _arrays(self) -> list[np.ndarray]:
+        """Values, gradient and moments for loops."""
+        return [array(x) for x in (self.values, self.gradient, self.first, self.second)]
 
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs beside the parameters."""

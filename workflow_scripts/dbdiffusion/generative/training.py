@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative import checkpoint
+from dbdiffusion.generative.by_hand import gradients
 from dbdiffusion.generative.optimiser import AdamW
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.progress import Progress
@@ -181,8 +182,8 @@ class Trainer:
         self.noise.manual_seed(derive_seed(plan.seed, plan.what, "noise", step))
         with torch.autocast(self.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
             value = loss(self.network, self.rows(step), self.noise, step / plan.total_steps)
-        gradients = torch.autograd.grad(value, self.optimiser.parameters)
-        self.optimiser.step(gradients, learning_rate(step, plan.total_steps, plan.learning_rate))
+        found = gradients(value, self.optimiser.parameters)
+        self.optimiser.step(found, learning_rate(step, plan.total_steps, plan.learning_rate))
         self.running += value.detach()
         self.state.step = step + 1
         if self.averaged is not None and self.state.step % EMA_EVERY == 0:
