@@ -40,7 +40,8 @@ from dbdiffusion.data.sets import CONTROL, EffectSet
 from dbdiffusion.data.simulate import write_screen
 from dbdiffusion.figures import style
 from dbdiffusion.generative.cells import Cells
-from dbdiffusion.generative.diffusion import Conditions, Objective, diffusion_loss, fit_denoiser, sampling_schedule
+from dbdiffusion.generative.conditions import Conditions
+from dbdiffusion.generative.diffusion import Objective, diffusion_loss, fit_denoiser, sampling_schedule
 from dbdiffusion.generative.generate import SEEN, Generator
 from dbdiffusion.generative.latents import latents_of
 from dbdiffusion.generative.offsets import MeanOffsets, fit_offsets
@@ -222,27 +223,26 @@ class Judge:
         found = list(generator.sampled(embedding[self.strongest], guidance))
         return [sample.drawn.numpy() for sample in found], np.array([sample.mean for sample in found]) - level
 
-    def quality(self, generator: Generator, embedding: np.ndarray, guidance: float | str) -> dict[str, float]:
+    def quality(self, generator: Generator, known: Conditions, guidance: float | str) -> dict[str, float]:
         """Slope and correlation of generated on true effects, and the two-sample scores."""
         if guidance == "tuned":
-            known = Conditions(pd.Index(self.names), np.array([""] * len(self.names)), embedding, embedding.shape[1])
-            known = known.take([CONTROL, *(self.names[row] for row in self.strongest)])
-            errors = trial_errors(generator, known, self.effects()).tolist()
-            guidance = best_strength([dict(zip(known.names[1:], errors, strict=True))])
-        drawn, generated = self.draw(generator, embedding, guidance)
+            tried = known.take([CONTROL, *(self.names[row] for row in self.strongest)])
+            errors = trial_errors(generator, tried, self.effects()).tolist()
+            guidance = best_strength([dict(zip(tried.names[1:], errors, strict=True))])
+        drawn, generated = self.draw(generator, known.values, guidance)
         # Held-out effects as the instrument of those of the training cells: the noise of neither attenuates the slope.
         slope = distribution.effect_slope(generated, observed=self.real, replicate=self.observed).mean()
         r = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(generated, self.real, strict=True)])
         return {"guidance": float(guidance), "slope": float(slope), "r": float(r), **self.scores(drawn)}
 
-    def by_steps(self, generator: Generator, diffusion: DiffusionConfig, embedding: np.ndarray) -> dict[str, list[float]]:
+    def by_steps(self, generator: Generator, diffusion: DiffusionConfig, known: Conditions) -> dict[str, list[float]]:
         """Energy distance to held-out cells by the number of sampling steps, once for each of SAMPLE_SEEDS."""
         out: dict[str, list[float]] = {}
         for steps in STEPS:
             for seed in SAMPLE_SEEDS:
                 config = generator.config.model_copy(update={"cells": 100})
                 few = replace(generator, schedule=sampling_schedule(diffusion, config.sampler, steps), config=config, seed=seed)
-                out.setdefault(str(steps), []).append(self.scores(self.draw(few, embedding, 0.0)[0])["energy_distance"])
+                out.setdefault(str(steps), []).append(self.scores(self.draw(few, known.values, 0.0)[0])["energy_distance"])
         return out
 
 
@@ -261,34 +261,38 @@ def run(
     scores = np.linalg.svd(effects, full_matrices=False)
     embedding = scores[0] * scores[1]
     embedding = embedding[:, : min(64, len(names) - 2)] / np.sqrt(np.mean(embedding**2))
+    graded, placed = diffusion.uncertain_conditions, embedding.shape[1]
+    values = np.column_stack([embedding, np.ones(len(names))]) if graded else embedding
+    known = Conditions(pd.Index(names), np.array([""] * len(names)), values, placed, graded)
+    doubt = known.doubt(CPU)
     # Loops are compiled, which a machine does once, before the clock starts.
     few = {"max_steps": 2, "patience": 0}
     fit_vae(train, vae.model_copy(update=few), device=CPU, seed=1)
     network, first = fit_vae(train, vae, device=CPU, seed=1)
     data = CellTensors.make(train, network.counts, CPU)
     label = pd.Index(names).get_indexer(train.perturbation)
-    latents = latents_of(network, data, label, embedding, diffusion.standardise_latent)
-    fit_denoiser(latents, diffusion.model_copy(update=few), device=CPU, seed=1)
-    denoiser, second = fit_denoiser(latents, diffusion, device=CPU, seed=1)
-    offsets = MeanOffsets.none(embedding.shape[1], network.genes)
+    latents = latents_of(network, data, label, known.values, diffusion.standardise_latent)
+    fit_denoiser(latents, diffusion.model_copy(update=few), device=CPU, seed=1, doubt=doubt)
+    denoiser, second = fit_denoiser(latents, diffusion, device=CPU, seed=1, doubt=doubt)
+    offsets = MeanOffsets.none(known.values.shape[1], network.genes)
     if diffusion.mean_offsets:
-        offsets = fit_offsets(network, data, latents, 1, embedding.shape[1])
+        offsets = fit_offsets(network, data, latents, 1, placed)
     objective = Objective.make(diffusion, CPU)
     schedule = sampling_schedule(diffusion, generation.sampler, generation.steps)
     generator = Generator(network, denoiser, offsets, objective, schedule, generation, 1)
     fifty = replace(generator, schedule=sampling_schedule(diffusion, generation.sampler, 50))
     guided, unguided = (
-        sampling_rate(fifty, embedding[:8], strength) * 50 / generation.steps
+        sampling_rate(fifty, known.values[:8], strength) * 50 / generation.steps
         for strength in (STRENGTHS[-1] if generation.guidance == "tuned" else generation.guidance, 0.0)
     )
     judge = Judge(names, train, held) if held is not None else None
-    quality = judge.quality(generator, embedding, generation.guidance) if judge else {}
-    by_steps = judge.by_steps(generator, diffusion, embedding) if judge and steps else {}
+    quality = judge.quality(generator, known, generation.guidance) if judge else {}
+    by_steps = judge.by_steps(generator, diffusion, known) if judge and steps else {}
     # Last, for it trains on.
     rates = (
         training_rate(network, vae_loss(data, vae), vae, vae.hidden[0], len(train), rounds),
         training_rate(
-            denoiser, diffusion_loss(latents, objective, diffusion.label_dropout), diffusion, diffusion.widths[0], len(train), rounds
+            denoiser, diffusion_loss(latents, objective, diffusion.label_dropout, doubt), diffusion, diffusion.widths[0], len(train), rounds
         ),
     )
     return Result(first.seconds, second.seconds, *rates, guided, unguided, quality, by_steps)

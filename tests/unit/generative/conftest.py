@@ -55,6 +55,7 @@ def write_embedding(screen: Screen, fold: str, crossfit: str) -> None:
         rows += [(name, role, own[i % len(own)] / 2) for i, name in enumerate(names)]
     random = np.random.default_rng(int(crossfit))
     parts = {"effects": rows, "features": [(name, role, random.normal(size=3)) for name, role, _ in rows]}
+    parts["certainty"] = [(name, role, [0.25 if role in ("pseudo", "target") else 1.0]) for name, role, _ in rows]
     frame = pd.DataFrame(
         [
             (part, name, role, d, float(value))

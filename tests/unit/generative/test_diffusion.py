@@ -1,20 +1,17 @@
 from __future__ import annotations
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 from dbdiffusion.config.generator import DiffusionConfig, GenerationConfig
 from dbdiffusion.generative import diffusion
 from dbdiffusion.generative.denoiser import Denoiser
-from dbdiffusion.generative.diffusion import Conditions, Objective, diffusion_loss, epsilon_of, fit_denoiser, sampling_schedule
+from dbdiffusion.generative.diffusion import Objective, diffusion_loss, epsilon_of, fit_denoiser, sampling_schedule
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.networks import seeded
 from dbdiffusion.generative.samplers import SAMPLERS
 from dbdiffusion.generative.schedule import noise_schedule
-from dbdiffusion.runtime import contracts
-from dbdiffusion.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 STRENGTHS = torch.tensor([0.5, 0.0, 1.5])
@@ -143,21 +140,3 @@ def test_every_sampler_has_a_spacing() -> None:
         schedule = sampling_schedule(DiffusionConfig(), name, GenerationConfig().steps)
         assert schedule.timesteps[0] == 0
         assert schedule.timesteps[-1] == 999
-
-
-def test_conditions_are_the_parts_asked_for_in_a_fixed_order(screen, tmp_path) -> None:
-    path = screen.embedding("0", "0")
-    effects, features, both = (Conditions.read(path, name) for name in ("embedding", "features", "both"))
-    assert (effects.values.shape[1], features.values.shape[1]) == (5, 3)
-    np.testing.assert_array_equal(both.values, np.hstack([effects.values, features.values]))
-    assert both.roles.tolist() == effects.roles.tolist()
-    frame = contracts.EMBEDDING.read(path)
-    shuffled = frame.sample(frac=1, random_state=1)
-    contracts.EMBEDDING.write(shuffled, tmp_path / "shuffled.parquet")
-    np.testing.assert_array_equal(Conditions.read(tmp_path / "shuffled.parquet", "both").values, both.values)
-    # A dataset without feature sources has the control's coordinate alone.
-    bare = frame[(frame["part"] == "effects") | (frame["dimension"] == 0)]
-    contracts.EMBEDDING.write(pd.DataFrame(bare), tmp_path / "bare.parquet")
-    assert Conditions.read(tmp_path / "bare.parquet", "both").values.shape[1] == 6
-    with pytest.raises(UserError, match="no gene features"):
-        Conditions.read(tmp_path / "bare.parquet", "features")

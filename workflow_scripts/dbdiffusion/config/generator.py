@@ -58,6 +58,8 @@ class DiffusionConfig(Block):
     condition: Literal["embedding", "features", "both"] = "both"
     """What stands for a perturbation: its place in the embedding (published; located for those not measured), the features of its
     genes, or both."""
+    uncertain_conditions: bool = True
+    """Train on places and features that are as uncertain as those of perturbations that were not measured, and say how certain they are."""
     widths: list[int] = Field([256, 128], min_length=1)
     """Widths of the MLP U-Net's levels."""
     prediction: Literal["epsilon", "v", "x0"] = "v"

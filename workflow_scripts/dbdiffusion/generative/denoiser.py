@@ -94,19 +94,13 @@ class Denoiser(ByHand):
         if fused(y, conditions, target, weight):
             return self._misfit_by_hand(y, t, conditions, index, target, weight)
         table = torch.cat([self.embed(conditions), self.null_label()])
-        predicted = self(y, t, table, index) if len(table) <= len(y) else self(y, t, table[index])
+        predicted = self(y, t, table, index)
         return (weight * (predicted - target).square().mean(1)).mean()
 
     def _misfit_by_hand(self, y: Tensor, t: Tensor, conditions: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """`misfit` without a graph in between."""
         if self.null is None:
             conditions = torch.cat([conditions, torch.zeros_like(conditions[:1])])
-        null, n = len(conditions), len(y)
-        if null > n:
-            # Those that are taken, at most n, and the first ones again to make n: the step is that of n conditions whatever the batch.
-            taken, at = index.unique(return_inverse=True)
-            taken, index = taken[taken < null], at.masked_fill(index == null, n)
-            conditions = conditions[torch.cat([taken, taken.new_zeros(n - len(taken))])]
         shape, half = (len(self.down), self.sizes, self.null is not None), torch.is_autocast_enabled("cpu")
         size = len(y), len(conditions)
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from dbdiffusion.config.generator import DiffusionConfig
 from dbdiffusion.data.sets import CONTROL, EffectSet
 from dbdiffusion.generative import checkpoint, kernels
 from dbdiffusion.generative.cells import load_cells
+from dbdiffusion.generative.conditions import Conditions, Doubt, taken
 from dbdiffusion.generative.denoiser import Denoiser
 from dbdiffusion.generative.guidance import Epsilon, guided
 from dbdiffusion.generative.kernels import array, fused
@@ -24,53 +24,11 @@ from dbdiffusion.generative.samplers import SPACING
 from dbdiffusion.generative.schedule import NoiseSchedule, noise_schedule
 from dbdiffusion.generative.training import Fitted, Plan, fit, split_rows, training_record
 from dbdiffusion.generative.vae import CellTensors, load_vae
-from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.device import resolve_device
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.files import read_json, write_json
 from dbdiffusion.runtime.provenance import code_hash
 from dbdiffusion.runtime.seeds import derive_seed
-
-PARTS_OF = {"embedding": ("effects",), "features": ("features",), "both": ("effects", "features")}
-"""Parts of contract `embedding` by config key diffusion.condition."""
-
-
-@dataclass(frozen=True)
-class Conditions:
-    """What stands for perturbations: names and roles (R,), values (R, dimensions), the first `placed` of which are of the embedding."""
-
-    names: pd.Index
-    roles: np.ndarray
-    values: np.ndarray
-    placed: int
-
-    @classmethod
-    def read(cls, path: str | Path, condition: str) -> Conditions:
-        """From contract `embedding`, rows in order of name; condition: config key diffusion.condition."""
-        frame = contracts.EMBEDDING.read(path)
-        frame = frame[frame["part"].isin(PARTS_OF[condition])].astype({"part": str, "perturbation": str, "role": str})
-        wide = frame.pivot(index="perturbation", columns=["part", "dimension"], values="value").sort_index().sort_index(axis=1)
-        roles = frame.drop_duplicates("perturbation").set_index("perturbation")["role"].loc[wide.index]
-        if wide.isna().to_numpy().any():
-            raise UserError("rows of differing dimensions", where=str(path), fix="run the rule that makes it again")
-        if condition == "features" and wide.shape[1] == 1:
-            raise UserError(
-                "no gene features to condition the generator on",
-                where="config key diffusion.condition",
-                fix="set it to embedding, or name feature sources (datasets.*.features) that know the genes",
-            )
-        placed = int((wide.columns.get_level_values("part") == "effects").sum())
-        return cls(pd.Index(wide.index), roles.to_numpy(), wide.to_numpy(float), placed)
-
-    def select(self, roles: tuple[str, ...]) -> Conditions:
-        keep = np.isin(self.roles, roles)
-        return Conditions(self.names[keep], self.roles[keep], self.values[keep], self.placed)
-
-    def take(self, names: list[str]) -> Conditions:
-        at = self.names.get_indexer(names)
-        if (at < 0).any():
-            raise KeyError(f"perturbations without embedding: {[n for n, i in zip(names, at, strict=True) if i < 0][:5]}")
-        return Conditions(self.names[at], self.roles[at], self.values[at], self.placed)
 
 
 @dataclass(frozen=True)
@@ -118,8 +76,9 @@ class Objective:
         return level.sqrt() * predicted + (1 - level).sqrt() * y
 
 
-def diffusion_loss(latents: Latents, objective: Objective, label_dropout: float):
-    """Weighted mean squared error of the prediction over cells and coordinates; the null label replaces a share of the labels."""
+def diffusion_loss(latents: Latents, objective: Objective, label_dropout: float, doubt: Doubt | None = None):
+    """Weighted mean squared error of the prediction over cells and coordinates; the null label replaces a share of the labels, and `doubt`
+    makes conditions uncertain."""
     timesteps, null = len(objective.alpha_bar), len(latents.conditions)
 
     def loss(network: Denoiser, rows: Tensor, stream: torch.Generator, share: float = 1.0) -> Tensor:
@@ -129,9 +88,10 @@ def diffusion_loss(latents: Latents, objective: Objective, label_dropout: float)
         strata = torch.randperm(n, generator=stream, device=device) + torch.rand(n, generator=stream, device=device)
         t = (strata * (timesteps / n)).long().clamp_max(timesteps - 1)
         dropped = torch.rand(n, generator=stream, device=device) < label_dropout
-        label = torch.where(dropped, null, latents.label.index_select(0, rows))
+        which, label = taken(torch.where(dropped, null, latents.label.index_select(0, rows)), null)
+        conditions = doubt(latents.conditions, which, stream) if doubt else latents.conditions.index_select(0, which)
         y, target = objective.noised(latents, rows, noise, t)
-        return network.misfit(y, t, latents.conditions, label, target, objective.weights.index_select(0, t))
+        return network.misfit(y, t, conditions, label, target, objective.weights.index_select(0, t))
 
     return loss
 
@@ -152,9 +112,17 @@ def diffusion_validation(latents: Latents, objective: Objective, rows: np.ndarra
 
 
 def fit_denoiser(
-    latents: Latents, config: DiffusionConfig, *, device: torch.device, seed: int, scratch: str | Path | None = None, on_step=None
+    latents: Latents,
+    config: DiffusionConfig,
+    *,
+    device: torch.device,
+    seed: int,
+    doubt: Doubt | None = None,
+    scratch: str | Path | None = None,
+    on_step=None,
 ) -> tuple[Denoiser, Fitted]:
-    """Train on the latents; the network comes back on the device in evaluation mode with its averaged weights.
+    """Train on the latents, their conditions as certain as `doubt` leaves them; the network comes back on the device in evaluation mode
+    with its averaged weights.
 
     Raises ValueError for labels without a condition.
     """
@@ -170,7 +138,7 @@ def fit_denoiser(
     key = checkpoint.digest(*settings, latents.mean, latents.deviation, latents.label, latents.conditions)
     fitted = fit(
         network,
-        diffusion_loss(latents, objective, config.label_dropout),
+        diffusion_loss(latents, objective, config.label_dropout, doubt),
         plan,
         device=device,
         validate=diffusion_validation(latents, objective, held, seed),
@@ -218,8 +186,8 @@ def write_diffusion(
 ) -> None:
     """Learn the denoiser of cross-fit model `crossfit` of `fold` on the latents of its own perturbations' cells and the control's.
 
-    Training perturbations are conditioned on their own embedding (role train), on features, or both. weights: safetensors; record: JSON.
-    A killed training resumes from `scratch`.
+    Training perturbations are conditioned on their own embedding (role train), on features, or both, sharp or uncertain. weights:
+    safetensors; record: JSON. A killed training resumes from `scratch`.
     """
     on = resolve_device(device)
     network = load_vae(vae, vae_record, on)
@@ -228,7 +196,7 @@ def write_diffusion(
         raise UserError(
             "the autoencoder was learned on another panel of genes", where=str(vae_record), fix="make it again from these effects"
         )
-    known = Conditions.read(embedding, config.condition).select(("train", "control"))
+    known = Conditions.read(embedding, config).select(("train", "control"))
     label = known.names.get_indexer(data.perturbation)
     if (label < 0).any():
         absent = sorted(set(data.perturbation[label < 0]))
@@ -240,7 +208,7 @@ def write_diffusion(
     offsets = MeanOffsets.none(known.values.shape[1], network.genes)
     if config.mean_offsets and known.placed:
         offsets = fit_offsets(network, tensors, latents, seed, known.placed)
-    denoiser, fitted = fit_denoiser(latents, config, device=on, seed=seed, scratch=scratch)
+    denoiser, fitted = fit_denoiser(latents, config, device=on, seed=seed, doubt=known.doubt(on), scratch=scratch)
     checkpoint.save(
         weights,
         {

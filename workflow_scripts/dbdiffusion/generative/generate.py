@@ -16,12 +16,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dbdiffusion.config.generator import GenerationConfig
+from dbdiffusion.config.generator import DiffusionConfig, GenerationConfig
 from dbdiffusion.data.sets import EffectSet, MeanSet
 from dbdiffusion.generative import checkpoint
 from dbdiffusion.generative.cell_file import write_cells
+from dbdiffusion.generative.conditions import Conditions
 from dbdiffusion.generative.denoiser import Denoiser
-from dbdiffusion.generative.diffusion import Conditions, Objective, epsilon_of, load_diffusion, sampling_schedule
+from dbdiffusion.generative.diffusion import Objective, epsilon_of, load_diffusion, sampling_schedule
 from dbdiffusion.generative.offsets import MeanOffsets
 from dbdiffusion.generative.samplers import SAMPLERS
 from dbdiffusion.generative.schedule import NoiseSchedule
@@ -148,6 +149,11 @@ def load_generator(
     )
 
 
+def trained_as(diffusion_record: str | Path) -> DiffusionConfig:
+    """The config of a diffusion model."""
+    return DiffusionConfig.model_validate(read_json(diffusion_record)["config"])
+
+
 def rows_to_generate(known: Conditions, effects: EffectSet, crossfit: str) -> list[str]:
     """Unseen perturbations, the control and the strongest seen ones (all of them for cross-fit model `all`), in order of name."""
     seen = [name for name, role in zip(known.names, known.roles, strict=True) if role == "train"]
@@ -199,7 +205,7 @@ def write_generated(
     """
     panel, about = EffectSet.read(effects), read_json(vae_record)
     generator = load_generator(vae, vae_record, diffusion, diffusion_record, config, device, seed, panel.genes)
-    known = Conditions.read(embedding, read_json(diffusion_record)["config"]["condition"])
+    known = Conditions.read(embedding, trained_as(diffusion_record))
     known = known.take(rows_to_generate(known, panel, about["crossfit"]))
     strength = strengths(known.roles, config, about["crossfit"], guidance)
     kept, mean, variance = [], [], []

@@ -21,8 +21,8 @@ import numpy as np
 
 from dbdiffusion.config.generator import GenerationConfig
 from dbdiffusion.data.sets import CONTROL, EffectSet
-from dbdiffusion.generative.diffusion import Conditions
-from dbdiffusion.generative.generate import Generator, load_generator, rows_to_generate
+from dbdiffusion.generative.conditions import Conditions
+from dbdiffusion.generative.generate import Generator, load_generator, rows_to_generate, trained_as
 from dbdiffusion.runtime.files import read_json, write_json
 
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5)
@@ -82,7 +82,7 @@ def write_trial(
     few = config.model_copy(update={"cells": CELLS, "cells_kept": 0})
     measured_effects = EffectSet.read(effects)
     generator = load_generator(vae, vae_record, diffusion, diffusion_record, few, device, seed, measured_effects.genes)
-    known, crossfit = Conditions.read(embedding, read_json(diffusion_record)["config"]["condition"]), str(read_json(vae_record)["crossfit"])
+    known, crossfit = Conditions.read(embedding, trained_as(diffusion_record)), str(read_json(vae_record)["crossfit"])
     measured = set(measured_effects.perturbations)
     made = known.take([name for name in rows_to_generate(known, measured_effects, crossfit) if name == CONTROL or name in measured])
     made = made.select(("pseudo", "train", "control"))

@@ -7,7 +7,7 @@ from dbdiffusion.runtime.tables import Table
 
 LOG_UNIT = "ln(1 + counts per 10,000)"
 ROLES = ("target", "pseudo", "train", "control")
-PARTS = ("effects", "features")
+PARTS = ("effects", "features", "certainty")
 CALLS = ("up", "down", "none", "no_call")
 
 EFFECTS = Table(
@@ -61,9 +61,16 @@ EMBEDDING = Table(
     "embedding",
     "What one cross-fit model is conditioned on. In part `effects`, the perturbation embedding, training perturbations stand where their "
     "own effects put them, pseudo-targets and targets where they are located without their own cells; part `features` tells of all of "
-    "them what is known of their genes. Queries that cannot be located are absent.",
+    "them what is known of their genes; `certainty` is 1 for own effects, and for located ones the share of the training perturbations' "
+    "spread that located places have. Queries that cannot be located are absent.",
     [
-        C("part", "str", "", "effects: perturbation embedding; features: gene features, the last 1 for the control", choices=PARTS),
+        C(
+            "part",
+            "str",
+            "",
+            "effects: perturbation embedding; features: gene features, the last 1 for the control; certainty: of the place",
+            choices=PARTS,
+        ),
         C("perturbation", "str", "", "perturbation, or `control` (the zero effect)"),
         C("role", "str", "", "train, control (own effects) or pseudo, target (located)", choices=ROLES),
         C("dimension", "int", "", "coordinate, from 0"),
@@ -71,7 +78,7 @@ EMBEDDING = Table(
             "value",
             "float",
             "sd",
-            "coordinate; mean square 1 over training perturbations and coordinates of a part together (but the control's own)",
+            "coordinate; effects, features: mean square 1 over training perturbations and coordinates together (but the control's own)",
         ),
     ],
     ("part", "perturbation", "dimension"),
