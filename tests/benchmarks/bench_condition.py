@@ -26,7 +26,7 @@ from dbdiffusion.generative.diffusion import write_diffusion
 from dbdiffusion.generative.generate import load_generator
 from dbdiffusion.runtime.files import read_json
 
-VARIANTS = {name: {"condition": name} for name in PARTS_OF}
+VARIANTS = {name: {"condition": name, "uncertain_conditions": True} for name in PARTS_OF}
 VARIANTS |= {f"{name}, sharp": {"condition": name, "uncertain_conditions": False} for name in PARTS_OF}
 
 

@@ -71,6 +71,7 @@ REFERENCE = (
         max_epochs=10**7, validation_share=0.0,
     ),
     DiffusionConfig(
+        uncertain_conditions=False,
         widths=[512, 512, 256, 128], prediction="epsilon", null_token="zero", standardise_latent=False, mean_offsets=False, batch_size=128,
         learning_rate=1e-4, ema=0.9999, patience=0, max_epochs=10**7, validation_share=0.0,
     ),

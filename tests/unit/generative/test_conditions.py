@@ -68,7 +68,7 @@ def test_uncertain_places_are_unbiased_guesses_of_the_stated_certainty() -> None
     sharp = made[:, -1] == 1
     assert float(sharp.double().mean()) == pytest.approx(CERTAIN, abs=0.01)
     # Certain ones are as they are.
-    torch.testing.assert_close(made[sharp], own[sharp], rtol=1e-6, atol=1e-6)
+    assert torch.equal(made[sharp], own[sharp])
     unsure, truth = made[~sharp], own[~sharp]
     certainty = unsure[:, -1]
     assert float(certainty.mean()) == pytest.approx(0.5, abs=0.01)
@@ -81,9 +81,35 @@ def test_uncertain_places_are_unbiased_guesses_of_the_stated_certainty() -> None
         told = guess.square().mean(0) / spread**2
         torch.testing.assert_close(slope, torch.ones(3).double(), rtol=0, atol=0.1 if low else 0.5)
         torch.testing.assert_close(told, torch.full((3,), low + 0.05).double(), rtol=0, atol=0.05)
+    # Coordinates have noise of their own.
+    amount = (certainty * (1 - certainty)).sqrt().clamp_min(1e-3)
+    rest = (unsure[:, :3] - mean - certainty[:, None] * (truth[:, :3] - mean)) / amount[:, None]
     noise = unsure[:, 3:-1] - truth[:, 3:-1]
+    torch.testing.assert_close(torch.corrcoef(torch.cat([rest, noise], 1).T), torch.eye(5).double(), rtol=0, atol=0.03)
     torch.testing.assert_close(noise.std(0), torch.full((2,), FEATURE_NOISE).double(), rtol=0.03, atol=0)
     assert noise.mean(0).abs().max() < 0.02
+
+
+def test_uncertainty_is_of_the_stream_alone_and_leaves_what_marks_the_control() -> None:
+    known = graded(50, 3, 2)
+    values = np.insert(known.values, 5, known.names == CONTROL, axis=1)
+    known = Conditions(known.names, known.roles, values, 3, True)
+    table, doubt = torch.from_numpy(values).float(), known.doubt(CPU)
+    made = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        made.append(doubt(table, torch.arange(51), torch.Generator().manual_seed(0)))
+    assert torch.equal(*made)
+    assert torch.equal(made[0][:, 5], table[:, 5])
+    assert (made[0][:, :5] != table[:, :5]).any(1).any()
+
+
+def test_an_embedding_without_certainty_is_refused(screen, tmp_path) -> None:
+    frame = contracts.EMBEDDING.read(screen.embedding("0", "0"))
+    contracts.EMBEDDING.write(frame[frame["part"] != "certainty"], tmp_path / "old.parquet")
+    assert len(Conditions.read(tmp_path / "old.parquet", config("both")).names)
+    with pytest.raises(UserError, match="no part certainty"):
+        Conditions.read(tmp_path / "old.parquet", config("both", True))
 
 
 def test_the_control_is_never_uncertain_and_no_part_of_the_spread() -> None:

@@ -101,6 +101,32 @@ def test_loss_drops_labels_at_the_stated_rate_and_weighs_by_timestep() -> None:
     assert float(seen[1]) == pytest.approx(0.2, abs=0.03)
 
 
+@pytest.mark.parametrize("conditions", [10, 300])
+def test_conditions_of_a_batch_are_made_uncertain(conditions: int) -> None:
+    """Also where there are more of them than cells in a batch: then the ones taken."""
+    stream = torch.Generator().manual_seed(1)
+    label = torch.randint(0, conditions, (500,), generator=stream)
+    latents = Latents(torch.zeros(500, 6), torch.ones(500, 6), label, torch.randn(conditions, 4, generator=stream))
+    calls, given = [], []
+
+    class Spy(Denoiser):
+        def misfit(self, y, t, conditions, index, target, weight):
+            given.append((conditions, index))
+            return super().misfit(y, t, conditions, index, target, weight)
+
+    def doubt(table, rows, stream):
+        calls.append(rows)
+        return -table[rows]
+
+    made, rows, objective = seeded(lambda: Spy(6, 4, [8]), 0), torch.arange(40), Objective.make(DiffusionConfig(), CPU)
+    for some in (None, doubt):
+        diffusion_loss(latents, objective, 0.0, some)(made, rows, torch.Generator().manual_seed(0))
+    assert len(calls) == 1
+    for sign, (seen, index) in zip((1, -1), given, strict=True):
+        assert len(seen) == min(conditions, 40)
+        assert torch.equal(seen[index], sign * latents.conditions[label[rows]])
+
+
 @pytest.mark.parametrize("label", [-1, 1])
 def test_labels_without_condition_are_refused(label: int) -> None:
     latents = Latents(torch.zeros(30, 6), torch.ones(30, 6), torch.full((30,), label), torch.zeros(1, 4))

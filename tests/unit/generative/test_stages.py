@@ -12,6 +12,7 @@ import torch
 from dbdiffusion.data.sets import EffectSet, MeanSet
 from dbdiffusion.data.splits import Splits
 from dbdiffusion.generative import checkpoint
+from dbdiffusion.generative.conditions import Conditions
 from dbdiffusion.generative.diffusion import write_diffusion
 from dbdiffusion.generative.generate import write_generated
 from dbdiffusion.generative.merge import write_merged
@@ -74,6 +75,38 @@ def test_record_tells_what_was_done(screen, models: list[dict[str, Path]]) -> No
         assert record["steps_per_second"] > 0 and record["device"] == "cpu"
         assert record["crossfit"] == "0" and record["versions"]["torch"] != "absent"
     assert not (models[0]["vae.json"].parent / "scratch").exists()
+
+
+def test_conditions_are_those_of_the_config(screen, models: list[dict[str, Path]], tmp_path: Path) -> None:
+    """From training to sampling, and uncertain unless told otherwise."""
+    pair = {"vae": models[0]["vae.safetensors"], "vae_record": models[0]["vae.json"], "embedding": screen.embedding("0", "0")}
+    common = {"cells": screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": "0"}
+    weights = [checkpoint.load(models[0]["diffusion.safetensors"])[0]]
+    for number, keys in enumerate(({"uncertain_conditions": False}, {"uncertain_conditions": False, "condition": "embedding"})):
+        made = {name: tmp_path / f"{name}{number}" for name in ("weights", "record")}
+        config = screen.diffusion.model_copy(update=keys)
+        write_diffusion(**common, **pair, device="cpu", seed=3, scratch=None, config=config, **made)
+        weights.append(checkpoint.load(made["weights"])[0])
+        files = {"diffusion": made["weights"], "diffusion_record": made["record"], "effects": screen.effects}
+        rest = {"config": screen.generation, "device": "cpu", "seed": 3}
+        write_generated(**pair, **files, **rest, generated=tmp_path / f"{number}.h5ad", means=tmp_path / f"{number}.parquet")
+        write_trial(**pair, **files, **rest, out=tmp_path / f"{number}.json")
+    # Places, features and certainty; the former two; places.
+    assert [part["denoiser.label.0.weight"].shape[1] for part in weights] == [9, 8, 5]
+    assert len(MeanSet.read(tmp_path / "0.parquet").perturbations) == len(MeanSet.read(models[0]["means.parquet"]).perturbations)
+
+
+def test_uncertain_conditions_are_learned_from(screen, models: list[dict[str, Path]], tmp_path: Path, monkeypatch) -> None:
+    pair = {"vae": models[0]["vae.safetensors"], "vae_record": models[0]["vae.json"], "embedding": screen.embedding("0", "0")}
+    common = {"cells": screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": "0"}
+    config, weights = screen.diffusion.model_copy(update={"ema": 0.0}), []
+    for doubt in (Conditions.doubt, lambda self, device: None):
+        monkeypatch.setattr(Conditions, "doubt", doubt)
+        made = {"weights": tmp_path / "w.safetensors", "record": tmp_path / "r.json"}
+        write_diffusion(**common, **pair, device="cpu", seed=3, scratch=None, config=config, **made)
+        weights.append(checkpoint.load(made["weights"])[0]["denoiser.out.weight"])
+    assert weights[0].any()
+    assert not torch.equal(*weights)
 
 
 def test_held_out_cells_change_nothing(screen, models: list[dict[str, Path]], tmp_path: Path) -> None:

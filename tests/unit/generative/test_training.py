@@ -14,6 +14,7 @@ from torch import nn
 
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative import checkpoint, diffusion, vae
+from dbdiffusion.generative.conditions import Doubt
 from dbdiffusion.generative.diffusion import fit_denoiser
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.training import Plan, fit, learning_rate, split_rows
@@ -51,19 +52,38 @@ def stop_at(*steps: int):
     return on_step
 
 
+def doubt(spread: float = 1.0) -> Doubt:
+    """For the conditions of `latents`, the last coordinate as certainty."""
+    known = latents().conditions
+    u, d = known.shape
+    return Doubt(torch.zeros(d - 1), torch.full((d - 1,), spread), torch.zeros(0), torch.arange(u) == 0)
+
+
 @pytest.mark.parametrize("stops", [(7,), (3, 20, 33)])
 def test_interrupted_diffusion_ends_with_the_same_bits(tmp_path: Path, stops: tuple[int, ...]) -> None:
     config = DiffusionConfig(widths=[16, 8], batch_size=32, max_steps=40, patience=0, checkpoint_seconds=1e-9)
-    whole, fitted = fit_denoiser(latents(), config, device=CPU, seed=5)
+    uncertain = {"device": CPU, "seed": 5, "doubt": doubt()}
+    whole, fitted = fit_denoiser(latents(), config, **uncertain)
     on_step = stop_at(*stops)
     for _ in stops:
         with pytest.raises(StopTraining):
-            fit_denoiser(latents(), config, device=CPU, seed=5, scratch=tmp_path, on_step=on_step)
+            fit_denoiser(latents(), config, **uncertain, scratch=tmp_path, on_step=on_step)
     assert len(list(tmp_path.glob("diffusion-*.safetensors"))) == 1
-    again, resumed = fit_denoiser(latents(), config, device=CPU, seed=5, scratch=tmp_path, on_step=on_step)
+    again, resumed = fit_denoiser(latents(), config, **uncertain, scratch=tmp_path, on_step=on_step)
     assert same(whole.state_dict(), again.state_dict())
     assert resumed.history == fitted.history
     assert resumed.best_epoch == fitted.best_epoch
+    # Neither sharp nor otherwise uncertain conditions are the same training.
+    for other in (None, doubt(2.0)):
+        assert not same(whole.state_dict(), fit_denoiser(latents(), config, device=CPU, seed=5, doubt=other)[0].state_dict())
+
+
+def test_a_state_of_other_conditions_is_not_resumed(tmp_path: Path) -> None:
+    config = DiffusionConfig(widths=[16, 8], batch_size=32, max_steps=40, patience=0, checkpoint_seconds=1e-9)
+    for some in (None, doubt()):
+        with pytest.raises(StopTraining):
+            fit_denoiser(latents(), config, device=CPU, seed=5, doubt=some, scratch=tmp_path, on_step=stop_at(7))
+    assert len(list(tmp_path.glob("diffusion-*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize("norm", ["layer", "batch"])

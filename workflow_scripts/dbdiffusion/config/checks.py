@@ -131,6 +131,10 @@ def _inference(inference: InferenceConfig, splits: SplitsConfig) -> Iterator[Pro
 
 
 def _generation(generation: GenerationConfig, diffusion: DiffusionConfig) -> Iterator[Problem]:
+    if diffusion.uncertain_conditions and diffusion.null_token == "zero":
+        what = "the zero condition cannot stand for no condition where conditions may be uncertain: it would be a most uncertain one"
+        remedy = "write diffusion.uncertain_conditions: false (published), or diffusion.null_token: learned"
+        yield Problem("diffusion.null_token", diffusion.null_token, what, remedy)
     if generation.steps > diffusion.timesteps:
         remedy = f"write at most {diffusion.timesteps}, or raise diffusion.timesteps"
         yield Problem("generation.steps", generation.steps, f"more steps than diffusion.timesteps ({diffusion.timesteps})", remedy)

@@ -85,6 +85,7 @@ class Step(ABC):
 
     @cached_property
     def sources(self) -> list[nn.Parameter]:
+        """All parameters as torch knows them."""
         return [value.source for value in self.values]
 
     @cached_property

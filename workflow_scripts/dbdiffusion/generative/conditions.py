@@ -6,9 +6,10 @@ the standard deviation of places, by coordinate, place e becomes
 
     m + a (e - m) + sqrt(a (1 - a)) s epsilon,    a uniform between 0 and 1, epsilon standard normal:
 
-of a share a of the variance, and such that the expected place given the uncertain one is the uncertain one, as it is where a location is an
-unbiased guess. The certainty a is a condition of its own; for unmeasured perturbations it is the share of the spread that their places have
-(part `certainty` of contract `embedding`). Gene features, which identify a training perturbation as well as its place does, get noise then.
+of a share a of the variance, and such that the best linear guess of the place given the uncertain one is the uncertain one, as it is
+where a location is an unbiased guess. The certainty a is a condition of its own; for an unmeasured perturbation it is the share of the
+spread that its place has (part `certainty` of contract `embedding`). Gene features, which identify a training perturbation as its place
+does, get noise.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ class Conditions:
         """From contract `embedding` what the config names, rows in order of name."""
         parts = PARTS_OF[config.condition] + ("certainty",) * config.uncertain_conditions
         frame = contracts.EMBEDDING.read(path)
+        if absent := sorted(set(parts) - set(frame["part"].astype(str))):
+            raise UserError(f"no part {absent[0]}: written by an earlier version", where=str(path), fix="remove it and run again")
         frame = frame[frame["part"].isin(parts)].astype({"part": str, "perturbation": str, "role": str})
         wide = frame.pivot(index="perturbation", columns=["part", "dimension"], values="value").sort_index().sort_index(axis=1)
         roles = frame.drop_duplicates("perturbation").set_index("perturbation")["role"].loc[wide.index]
@@ -82,32 +85,37 @@ class Conditions:
         if not self.graded:
             return None
         own, control = torch.from_numpy(self.values).float().to(device), torch.from_numpy(self.names == CONTROL).to(device)
-        places = own[~control, : self.placed]
+        places, features, _ = own[~control].tensor_split((self.placed, own.shape[1] - 1), dim=1)
+        if not len(places):
+            raise ValueError("no perturbation but the control")
         mean = places.mean(0)
-        return Doubt(mean, (places - mean).square().mean(0).sqrt(), control)
+        # One in which no two perturbations differ, such as what marks the control, says nothing that noise could hide.
+        noise = FEATURE_NOISE * (features != features[:1]).any(0)
+        return Doubt(mean, (places - mean).square().mean(0).sqrt(), noise, control)
 
 
 @dataclass(frozen=True)
 class Doubt:
-    """Uncertain conditions, of a table of them: mean and deviation (placed,) of places; control (u,), true for the one that always is as it
-    is: what is not known of a perturbation is not a chance of its being the control, whose cells outnumber those of any other."""
+    """Uncertain conditions, of a table of them: mean and deviation (placed,) of places; noise, its deviation (features,); control (u,),
+    true for the one that always is as it is: what is not known of a perturbation is not a chance of its being the control, whose cells
+    outnumber those of any other."""
 
     mean: Tensor
     deviation: Tensor
+    noise: Tensor
     control: Tensor
 
     def __call__(self, conditions: Tensor, rows: Tensor, stream: torch.Generator) -> Tensor:
         """Of the table (u, dimensions), some rows (r,): places, features, certainty."""
         values, placed = conditions.index_select(0, rows), len(self.mean)
-        place, features, certainty = values.tensor_split((placed, values.shape[1] - 1), dim=1)
+        place, features, _ = values.tensor_split((placed, values.shape[1] - 1), dim=1)
         chance, drawn = torch.rand((2, len(rows), 1), generator=stream, device=values.device)
         noise = torch.randn((len(rows), values.shape[1] - 1), generator=stream, device=values.device)
+        spread = (drawn * (1 - drawn)).sqrt() * self.deviation
+        place = self.mean + drawn * (place - self.mean) + spread * noise[:, :placed]
+        features = features + self.noise * noise[:, placed:]
         certain = (chance < CERTAIN) | self.control.index_select(0, rows)[:, None]
-        certainty = torch.where(certain, certainty, drawn)
-        spread = (certainty * (1 - certainty)).sqrt() * self.deviation
-        place = self.mean + certainty * (place - self.mean) + spread * noise[:, :placed]
-        features = features + torch.where(certain, 0.0, FEATURE_NOISE) * noise[:, placed:]
-        return torch.cat([place, features, certainty], dim=1)
+        return torch.where(certain, values, torch.cat([place, features, drawn], dim=1))
 
 
 def taken(label: Tensor, conditions: int) -> tuple[Tensor, Tensor]:

@@ -121,8 +121,8 @@ def fit_denoiser(
     scratch: str | Path | None = None,
     on_step=None,
 ) -> tuple[Denoiser, Fitted]:
-    """Train on the latents, their conditions as certain as `doubt` leaves them; the network comes back on the device in evaluation mode
-    with its averaged weights.
+    """Train on the latents, their conditions as certain as `doubt` leaves them, or sharp without; the network comes back on the device in
+    evaluation mode with its averaged weights. The held-out loss is that of sharp conditions.
 
     Raises ValueError for labels without a condition.
     """
@@ -135,7 +135,8 @@ def fit_denoiser(
     train, held = split_rows(len(latents.mean), config.validation_share, derive_seed(seed, "diffusion"))
     plan = Plan.of(config, "diffusion", seed, train, device, ema=config.ema, validations=40)
     settings = code_hash(__file__), config.model_dump(), str(plan.autocast), seed
-    key = checkpoint.digest(*settings, latents.mean, latents.deviation, latents.label, latents.conditions)
+    seen = latents.mean, latents.deviation, latents.label, latents.conditions, *(vars(doubt).values() if doubt else ())
+    key = checkpoint.digest(*settings, *seen)
     fitted = fit(
         network,
         diffusion_loss(latents, objective, config.label_dropout, doubt),

@@ -46,14 +46,13 @@ def feature_coordinates(
     return known @ axes * factor, asked @ axes * factor
 
 
-def certainty(own: np.ndarray, located: np.ndarray) -> float:
-    """Of located places (R, D), which are averages over neighbours: their mean square around the mean of training perturbations' own places
-    (P, D) over that of those, at most 1; 0 where training perturbations do not differ."""
+def certainty(own: np.ndarray, located: np.ndarray) -> np.ndarray:
+    """(R,) of located places (R, D), which are averages over neighbours: the squared distance of each to the mean of training
+    perturbations' own places (P, D) over the mean of theirs, at most 1; 0 where training perturbations do not differ."""
     centre = own.mean(axis=0)
     spread = np.square(own - centre).sum(axis=1).mean()
-    if not len(located) or spread == 0:
-        return 0.0
-    return min(1.0, float(np.square(located - centre).sum(axis=1).mean() / spread))
+    distance = np.square(located - centre).sum(axis=1)
+    return np.minimum(distance / spread, 1.0) if spread > 0 else np.zeros(len(located))
 
 
 def write_embedding(
@@ -71,8 +70,8 @@ def write_embedding(
 
     Part `effects`: its training perturbations and the control stand where their own effects put them, its pseudo-targets and the targets
     where the model's own locations do. Part `features`: coordinates of their genes' features, learned without the pseudo-targets' cells,
-    and a last one that is 1 for the control, which has no gene. Part `certainty`: 1 where effects are own, the same for all queries
-    (`certainty`). Queries that are not locatable are absent.
+    and a last one that is 1 for the control, which has no gene. Part `certainty`: 1 where effects are own, else what the place says
+    of itself (`certainty`). Queries that are not locatable are absent.
     """
     measured, split = EffectSet.read(effects), Splits.read(splits)
     learned = training_of(measured, split, fold, crossfit)
@@ -84,11 +83,10 @@ def write_embedding(
     names = [*learned, CONTROL, *located.queries]
     roles = ["train"] * len(learned) + ["control"] + list(located.info["role"])
     places = embedding.located(located)
-    own = np.isin(roles, ("train", "control"))
     of_part = {
         "effects": np.vstack([embedding.scores, embedding.control[None], places]),
         "features": np.column_stack([np.vstack([known, np.zeros((1, known.shape[1])), asked]), np.array(roles) == "control"]),
-        "certainty": np.where(own, 1.0, certainty(embedding.scores, places))[:, None],
+        "certainty": np.concatenate([np.ones(len(learned) + 1), certainty(embedding.scores, places)])[:, None],
     }
     frames = [
         pd.DataFrame(

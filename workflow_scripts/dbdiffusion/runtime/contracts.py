@@ -61,8 +61,8 @@ EMBEDDING = Table(
     "embedding",
     "What one cross-fit model is conditioned on. In part `effects`, the perturbation embedding, training perturbations stand where their "
     "own effects put them, pseudo-targets and targets where they are located without their own cells; part `features` tells of all of "
-    "them what is known of their genes; `certainty` is 1 for own effects, and for located ones the share of the training perturbations' "
-    "spread that located places have. Queries that cannot be located are absent.",
+    "them what is known of their genes; `certainty` is 1 for own effects, and for a located place its squared "
+    "distance to the mean place over that of training perturbations, at most 1. Queries that cannot be located are absent.",
     [
         C(
             "part",
