@@ -102,6 +102,7 @@ KEYS = [
     ("run: {targets: [B+A]}", "run.targets", "'B+A'", "'A+B'"),
     ("run: {targets: [A]}\nsplits: {scheme: leave_one_out, held_out: [A]}", "run.targets", "'A'", "name it once"),
     ("diffusion: {timesteps: 49}", "generation.steps", "50 (from protocol crossfit)", "at most 49"),
+    ("diffusion: {null_token: zero}", "diffusion.null_token", "'zero'", "uncertain_conditions: false"),
     ("generation: {cells: 199}", "generation.cells_kept", "200 (from protocol crossfit)", "at most 199"),
     ("splits: {crossfit_folds: 0}", "inference.calls", "'selection' (from protocol crossfit)", "inference.calls: t"),
     ("splits: {crossfit_folds: 0}", "inference.error_model", "'conformal' (from protocol crossfit)", "conservative"),

@@ -122,6 +122,11 @@ def test_the_control_is_never_uncertain_and_no_part_of_the_spread() -> None:
         torch.testing.assert_close(made[1], table[0])
 
 
+def test_uncertainty_needs_perturbations() -> None:
+    with pytest.raises(ValueError, match="no perturbation"):
+        graded(5, 3, 2).take([CONTROL]).doubt(CPU)
+
+
 @pytest.mark.parametrize("condition", ["embedding", "features"])
 def test_either_part_alone_can_be_uncertain(screen, condition: str) -> None:
     known = Conditions.read(screen.embedding("0", "0"), config(condition, True)).select(("train", "control"))
