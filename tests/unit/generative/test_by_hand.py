@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dbdiffusion.config.generator import VaeConfig
 from dbdiffusion.generative import denoiser, vae
-from dbdiffusion.generative.by_hand import ByHand, gradients
+from dbdiffusion.generative.by_hand import ByHand, value_and_gradients
 from dbdiffusion.generative.cells import Cells
 from dbdiffusion.generative.denoiser import Denoiser
 from dbdiffusion.generative.networks import seeded
@@ -88,9 +88,14 @@ def test_every_batch_as_autograd_has_it(monkeypatch, case: tuple[ByHand, Loss], 
             with precision():
                 slow, fast = both(seed, 40)
             torch.testing.assert_close(fast, slow, rtol=2e-2 if half else 1e-4, atol=0)
-            # Straight from the step, and through the graph.
-            way = gradients if seed % 2 else single
-            found, expected = way(fast, optimiser.parameters), single(slow, optimiser.parameters)
+            expected = single(slow, optimiser.parameters)
+            if seed % 2:  # Without a graph.
+                with precision():
+                    value, found = value_and_gradients(network, lambda seed=seed: loss(network, seed, 40), optimiser.parameters)
+                assert torch.equal(value, fast)
+                assert value.grad_fn is None
+            else:
+                found = single(fast, optimiser.parameters)
             assert all(g.data_ptr() == place.data_ptr() for g, place in zip(found, optimiser.places, strict=True))
             for mine, theirs in zip(found, expected, strict=True):
                 assert (mine - theirs).norm() <= (0.15 if half else 1e-4) * theirs.norm() + 1e-6
@@ -114,8 +119,7 @@ def test_precision_follows_autocast_from_call_to_call(case: tuple[ByHand, Loss])
         assert loss(network, 1, 20) == plain
 
 
-@pytest.mark.parametrize("way", [gradients, single])
-def test_gradients_of_an_earlier_loss_are_refused(case: tuple[ByHand, Loss], way) -> None:
+def test_gradients_of_an_earlier_loss_are_refused(case: tuple[ByHand, Loss]) -> None:
     network, loss = case
     parameters = list(network.parameters())
     for rows in (20, 30):
@@ -123,20 +127,54 @@ def test_gradients_of_an_earlier_loss_are_refused(case: tuple[ByHand, Loss], way
         with torch.no_grad():
             loss(network, 2, rows)
         with pytest.raises(RuntimeError, match="latest loss"):
-            way(first, parameters)
+            single(first, parameters)
     last = loss(network, 1, 20)
     torch.autograd.grad(last, parameters, retain_graph=True)
     with pytest.raises(RuntimeError, match="latest loss"):
-        way(last, parameters)
+        single(last, parameters)
+    last = loss(network, 1, 20)
+    value_and_gradients(network, lambda: loss(network, 1, 20), parameters)
+    with pytest.raises(RuntimeError, match="latest loss"):
+        single(last, parameters)
 
 
 def test_a_multiple_of_the_loss_has_multiples_of_its_gradients(case: tuple[ByHand, Loss]) -> None:
     network, loss = case
     parameters = list(network.parameters())
-    once, thrice = ([g.clone() for g in gradients(factor * loss(network, 1, 20), parameters)] for factor in (1, 3))
+    once, thrice = ([g.clone() for g in single(factor * loss(network, 1, 20), parameters)] for factor in (1, 3))
     for one, three in zip(once, thrice, strict=True):
         torch.testing.assert_close(3 * one, three)
     assert any(g.any() for g in once)
+
+
+def test_without_a_graph_a_loss_by_hand_is_all_of_the_loss_or_none(case: tuple[ByHand, Loss]) -> None:
+    network, loss = case
+    parameters = list(network.parameters())
+
+    def penalty() -> Tensor:
+        return sum(p.square().sum() for p in parameters)
+
+    def twice() -> Tensor:
+        loss(network, 1, 20)
+        return loss(network, 2, 20)
+
+    for wrong in (lambda: 2 * loss(network, 1, 20), lambda: loss(network, 1, 20) + penalty(), twice):
+        with pytest.raises(RuntimeError, match="a part of another"):
+            value_and_gradients(network, wrong, parameters)
+    # What torch differentiates still has its graph, afterwards too.
+    value, found = value_and_gradients(network, penalty, parameters)
+    assert value.grad_fn is None
+    for p, g in zip(parameters, found, strict=True):
+        torch.testing.assert_close(g, 2 * p.detach())
+    assert loss(network, 1, 20).grad_fn is not None
+
+
+def test_other_networks_are_left_to_torch() -> None:
+    network = nn.Linear(3, 1)
+    value, (weight, bias) = value_and_gradients(network, lambda: network(torch.ones(2, 3)).sum(), [network.weight, network.bias])
+    assert value.grad_fn is None
+    assert weight.tolist() == [[2, 2, 2]]
+    assert bias.tolist() == [2]
 
 
 def test_parameters_that_moved_are_followed(case: tuple[ByHand, Loss]) -> None:

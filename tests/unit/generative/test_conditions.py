@@ -9,6 +9,7 @@ import torch
 
 from dbdiffusion.config.generator import DiffusionConfig
 from dbdiffusion.data.sets import CONTROL
+from dbdiffusion.generative import conditions
 from dbdiffusion.generative.conditions import CERTAIN, FEATURE_NOISE, Conditions, taken
 from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.errors import UserError
@@ -90,6 +91,19 @@ def test_uncertain_places_are_unbiased_guesses_of_the_stated_certainty() -> None
     assert noise.mean(0).abs().max() < 0.02
 
 
+@pytest.mark.parametrize(("placed", "features"), [(3, 2), (0, 2), (3, 0)])
+def test_the_loop_is_what_torch_does(monkeypatch, placed: int, features: int) -> None:
+    known = graded(60, placed, features)
+    table, doubt, rows, made = torch.from_numpy(known.values).float(), known.doubt(CPU), torch.tensor([4, 0, 9, 9, *range(20, 61)]), []
+    for loop in (True, False):
+        monkeypatch.setattr(conditions, "fused", lambda *tensors, loop=loop: loop)
+        made.append(doubt(table, rows, torch.Generator().manual_seed(3)))
+    torch.testing.assert_close(made[0], made[1])
+    unsure = made[0][:, -1] < 1
+    assert 5 < int(unsure.sum()) < 40
+    assert not unsure[1]
+
+
 def test_uncertainty_is_of_the_stream_alone_and_leaves_what_marks_the_control() -> None:
     known = graded(50, 3, 2)
     values = np.insert(known.values, 5, known.names == CONTROL, axis=1)
@@ -138,13 +152,13 @@ def test_either_part_alone_can_be_uncertain(screen, condition: str) -> None:
     assert (made[unsure] != table[unsure]).all()
 
 
-@pytest.mark.parametrize("conditions", [5, 40, 41, 3000])
-def test_a_batch_takes_its_own_conditions(conditions: int) -> None:
-    label = torch.randint(0, conditions + 1, (40,), generator=torch.Generator().manual_seed(0))
-    label[:2] = conditions  # The null label.
-    which, at = taken(label, conditions)
-    assert len(which) == min(conditions, 40)
-    null = label == conditions
+@pytest.mark.parametrize("known", [5, 40, 41, 3000])
+def test_a_batch_takes_its_own_conditions(known: int) -> None:
+    label = torch.randint(0, known + 1, (40,), generator=torch.Generator().manual_seed(0))
+    label[:2] = known  # The null label.
+    which, at = taken(label, known)
+    assert len(which) == min(known, 40)
+    null = label == known
     assert (at[null] == len(which)).all()
     assert torch.equal(which[at[~null]], label[~null])
-    assert len(taken(torch.full((40,), conditions), conditions)[0]) == min(conditions, 40)
+    assert len(taken(torch.full((40,), known), known)[0]) == min(known, 40)

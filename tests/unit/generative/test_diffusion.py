@@ -49,22 +49,40 @@ def test_null_token_is_its_own_or_the_zero_condition() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "x0"])
-def test_predictions_imply_the_noise(monkeypatch, prediction: str) -> None:
-    objective = Objective.make(DiffusionConfig(prediction=prediction), CPU)
-    stream = torch.Generator().manual_seed(0)
-    mean, deviation, noise = torch.randn(9, 3, generator=stream), torch.rand(9, 3, generator=stream), torch.randn(2, 5, 3, generator=stream)
-    latents, rows, t = (
-        Latents(mean, deviation, torch.zeros(9), torch.zeros(1, 2)),
-        torch.tensor([0, 8, 3, 3, 1]),
-        torch.tensor([10, 400, 900, 20, 400]),
-    )
-    x, level = mean[rows] + deviation[rows] * noise[0], objective.alpha_bar[t][:, None]
-    for loop in (True, False):
-        monkeypatch.setattr(diffusion, "fused", lambda *tensors, loop=loop: loop)
-        y, target = objective.noised(latents, rows, noise, t)
-        torch.testing.assert_close(y, level**0.5 * x + (1 - level) ** 0.5 * noise[1])
-        for i, at in enumerate(t.tolist()):
-            torch.testing.assert_close(objective.epsilon(target[i], y[i], at), noise[1, i], rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("loop", [True, False])
+def test_noised_cells_by_their_formula(monkeypatch, prediction: str, loop: bool) -> None:
+    monkeypatch.setattr(diffusion, "fused", lambda *tensors: loop)
+    objective, stream = Objective.make(DiffusionConfig(prediction=prediction, min_snr_gamma=5.0), CPU), torch.Generator().manual_seed(0)
+    mean, deviation = torch.randn(900, 3, generator=stream), torch.rand(900, 3, generator=stream)
+    latents = Latents(mean, deviation, torch.randint(0, 7, (900,), generator=stream), torch.zeros(7, 2))
+    rows = torch.randint(0, 900, (400,), generator=stream)
+    made = objective.noised(latents, rows, stream.manual_seed(5), 0.25)
+    # The draws, in their order.
+    noise, order = torch.randn((2, 400, 3), generator=stream.manual_seed(5)), torch.randperm(400, generator=stream)
+    within, dropped = torch.rand((2, 400), generator=stream)
+    assert torch.equal(made.t, ((order + within) * 2.5).long().clamp_max(999))
+    assert torch.equal(made.label, torch.where(dropped < 0.25, 7, latents.label[rows]))
+    assert 60 < int((made.label == 7).sum()) < 140
+    assert torch.equal(made.weight, objective.weights[made.t])
+    x, level = mean[rows] + deviation[rows] * noise[0], objective.alpha_bar[made.t][:, None]
+    torch.testing.assert_close(made.y, level**0.5 * x + (1 - level) ** 0.5 * noise[1])
+    for i, at in enumerate(made.t.tolist()):
+        if at >= 5:  # Before, x0 tells next to nothing of the noise.
+            torch.testing.assert_close(objective.epsilon(made.target[i], made.y[i], at), noise[1, i], rtol=1e-2, atol=3e-3)
+
+
+@pytest.mark.parametrize("loop", [True, False])
+def test_timesteps_are_one_in_each_stratum(monkeypatch, loop: bool) -> None:
+    """Also where the batch is no part of the timesteps; without dropout no label is dropped."""
+    monkeypatch.setattr(diffusion, "fused", lambda *tensors: loop)
+    objective = Objective.make(DiffusionConfig(timesteps=70), CPU)
+    for n in (1, 37, 70, 200):
+        latents = Latents(torch.zeros(n, 2), torch.ones(n, 2), torch.arange(n) % 3, torch.zeros(3, 2))
+        made = objective.noised(latents, torch.arange(n), torch.Generator().manual_seed(n), 0.0)
+        assert torch.equal(made.label, latents.label)
+        t = made.t.sort().values
+        low = torch.arange(n) * 70 / n
+        assert ((t >= low.floor()) & (t <= (low + 70 / n).ceil()) & (t < 70)).all()
 
 
 def test_min_snr_weights_are_one_weight_on_the_x0_loss() -> None:

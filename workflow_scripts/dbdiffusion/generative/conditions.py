@@ -24,6 +24,8 @@ from torch import Tensor
 
 from dbdiffusion.config.generator import DiffusionConfig
 from dbdiffusion.data.sets import CONTROL
+from dbdiffusion.generative import kernels
+from dbdiffusion.generative.kernels import array, fused
 from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.errors import UserError
 
@@ -107,10 +109,16 @@ class Doubt:
 
     def __call__(self, conditions: Tensor, rows: Tensor, stream: torch.Generator) -> Tensor:
         """Of the table (u, dimensions), some rows (r,): places, features, certainty."""
-        values, placed = conditions.index_select(0, rows), len(self.mean)
-        place, features, _ = values.tensor_split((placed, values.shape[1] - 1), dim=1)
-        chance, drawn = torch.rand((2, len(rows), 1), generator=stream, device=values.device)
-        noise = torch.randn((len(rows), values.shape[1] - 1), generator=stream, device=values.device)
+        width, device = conditions.shape[1], conditions.device
+        uniform = torch.rand((2, len(rows)), generator=stream, device=device)
+        noise = torch.randn((len(rows), width - 1), generator=stream, device=device)
+        if fused(conditions, noise):
+            out = torch.empty((len(rows), width))
+            own = (array(x) for x in (self.mean, self.deviation, self.noise, self.control, out))
+            kernels.uncertain(*map(array, (conditions, rows, uniform, noise)), np.float32(CERTAIN), *own)
+            return out
+        values, placed, (chance, drawn) = conditions.index_select(0, rows), len(self.mean), uniform[:, :, None]
+        place, features, _ = values.tensor_split((placed, width - 1), dim=1)
         spread = (drawn * (1 - drawn)).sqrt() * self.deviation
         place = self.mean + drawn * (place - self.mean) + spread * noise[:, :placed]
         features = features + self.noise * noise[:, placed:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +32,17 @@ from dbdiffusion.runtime.provenance import code_hash
 from dbdiffusion.runtime.seeds import derive_seed
 
 
+class Noised(NamedTuple):
+    """Cells of a batch: y, noised, and target, what the network is to predict, each (n, coordinates); t, timesteps, and weight, that of
+    the squared error, (n,); label (n,)."""
+
+    y: Tensor
+    target: Tensor
+    t: Tensor
+    weight: Tensor
+    label: Tensor
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is predicted at each timestep. alpha_bar: (T,); factors: (T, 4) of x and noise in the noised x, and of x and noise in the
@@ -54,17 +66,25 @@ class Objective:
         tables = level, np.stack([signal, spread, *target], axis=1), weights if config.min_snr_gamma else none + 1
         return cls(*(torch.from_numpy(x).float().to(device) for x in tables), config.prediction)
 
-    def noised(self, latents: Latents, rows: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws x from the posteriors of rows (n,), noised at timesteps t (n,), and what the network is to predict, each (n, coordinates).
-
-        noise: (2, n, coordinates), standard normal: that of the draws and that of the diffusion.
-        """
+    def noised(self, latents: Latents, rows: Tensor, stream: torch.Generator, dropout: float) -> Noised:
+        """Draws x from the posteriors of rows (n,), noised; the null label replaces a share `dropout` of their labels."""
+        n, d, device, (steps, null) = len(rows), latents.mean.shape[1], rows.device, (len(self.alpha_bar), len(latents.conditions))
+        noise = torch.randn((2, n, d), generator=stream, device=device)
+        # Stratified timesteps: one in each n-th of the range, in an order independent of the cells.
+        order = torch.randperm(n, generator=stream, device=device)
+        uniform = torch.rand((2, n), generator=stream, device=device)
         if fused(latents.mean, noise):
-            y, target = torch.empty_like(noise[0]), torch.empty_like(noise[0])
-            kernels.noised(*map(array, (latents.mean, latents.deviation, rows, noise, t, self.factors, y, target)))
-            return y, target
+            y, target, weight, t, label = (torch.empty_like(x) for x in (noise[0], noise[0], uniform[0], order, order))
+            known = latents.mean, latents.deviation, latents.label, rows, noise, order, uniform
+            kernels.noised(
+                *map(array, known), np.float32(dropout), null, *map(array, (self.factors, self.weights, y, target, t, weight, label))
+            )
+            return Noised(y, target, t, weight, label)
+        t = ((order + uniform[0]) * (steps / n)).long().clamp_max(steps - 1)
+        label = torch.where(uniform[1] < dropout, null, latents.label.index_select(0, rows))
         x, (of_x, of_noise, x_aimed, noise_aimed) = latents.draw(rows, noise[0]), self.factors.index_select(0, t).split(1, dim=1)
-        return of_x * x + of_noise * noise[1], x_aimed * x + noise_aimed * noise[1]
+        y, target = of_x * x + of_noise * noise[1], x_aimed * x + noise_aimed * noise[1]
+        return Noised(y, target, t, self.weights.index_select(0, t), label)
 
     def epsilon(self, predicted: Tensor, y: Tensor, t: int) -> Tensor:
         """The noise that a prediction at timestep t implies."""
@@ -79,19 +99,12 @@ class Objective:
 def diffusion_loss(latents: Latents, objective: Objective, label_dropout: float, doubt: Doubt | None = None):
     """Weighted mean squared error of the prediction over cells and coordinates; the null label replaces a share of the labels, and `doubt`
     makes conditions uncertain."""
-    timesteps, null = len(objective.alpha_bar), len(latents.conditions)
 
     def loss(network: Denoiser, rows: Tensor, stream: torch.Generator, share: float = 1.0) -> Tensor:
-        n, d, device = len(rows), latents.mean.shape[1], latents.mean.device
-        noise = torch.randn((2, n, d), generator=stream, device=device)
-        # Stratified timesteps: one in each n-th of the range, in an order independent of the cells.
-        strata = torch.randperm(n, generator=stream, device=device) + torch.rand(n, generator=stream, device=device)
-        t = (strata * (timesteps / n)).long().clamp_max(timesteps - 1)
-        dropped = torch.rand(n, generator=stream, device=device) < label_dropout
-        which, label = taken(torch.where(dropped, null, latents.label.index_select(0, rows)), null)
+        y, target, t, weight, label = objective.noised(latents, rows, stream, label_dropout)
+        which, label = taken(label, len(latents.conditions))
         conditions = doubt(latents.conditions, which, stream) if doubt else latents.conditions.index_select(0, which)
-        y, target = objective.noised(latents, rows, noise, t)
-        return network.misfit(y, t, conditions, label, target, objective.weights.index_select(0, t))
+        return network.misfit(y, t, conditions, label, target, weight)
 
     return loss
 

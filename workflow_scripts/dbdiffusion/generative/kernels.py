@@ -181,19 +181,45 @@ def adam(values, gradient, first, second, kept, scale, rate, beta, beta_square, 
 
 
 @njit(**SUMS)
-def noised(mean, deviation, rows, noise, t, factors, y, target):
-    """Draws x of rows of N(mean, deviation^2), noised, into y, and what is to be predicted into target, each (n, d).
+def noised(mean, deviation, labels, rows, noise, order, uniform, dropout, null, factors, weights, y, target, t, weight, label):
+    """Draws x of rows of N(mean, deviation^2), noised at stratified timesteps t, into y, what is to be predicted into target, each (n, d),
+    and weights and labels into weight and label (n,), a share `dropout` of the latter `null`.
 
-    mean, deviation (N, d); rows, t (n,); noise (2, n, d), of the draw and of the diffusion; factors (T, 4): of x and noise in y, and of x
-    and noise in target.
+    mean, deviation (N, d); labels (N,); rows, order (n,), the latter the stratum of each; noise (2, n, d), of the draw and of the
+    diffusion; uniform (2, n), within the strata and of dropout; factors (T, 4): of x and noise in y, and of x and noise in target;
+    weights (T,).
     """
-    for i in range(rows.size):
-        of_x, of_noise, x_aimed, noise_aimed = factors[t[i]]
-        centre, spread, own, other = mean[rows[i]], deviation[rows[i]], noise[0, i], noise[1, i]
+    n, timesteps = rows.size, len(factors)
+    for i in range(n):
+        k, time = rows[i], min(np.int64((F(order[i]) + uniform[0, i]) * F(timesteps / n)), timesteps - 1)
+        of_x, of_noise, x_aimed, noise_aimed = factors[time]
+        centre, spread, own, other = mean[k], deviation[k], noise[0, i], noise[1, i]
         for j in range(mean.shape[1]):
             x = centre[j] + spread[j] * own[j]
             y[i, j] = of_x * x + of_noise * other[j]
             target[i, j] = x_aimed * x + noise_aimed * other[j]
+        t[i], weight[i], label[i] = time, weights[time], null if uniform[1, i] < dropout else labels[k]
+
+
+@njit(**SUMS)
+def uncertain(conditions, rows, uniform, noise, certain, mean, deviation, spread, control, out):
+    """Rows of conditions (u, d), a share `certain` of them as they are, the others uncertain (`conditions.Doubt`), into out (r, d).
+
+    rows (r,); uniform (2, r), of who is certain and how far the others are; noise (r, d - 1); mean, deviation (p,) of the first columns;
+    spread (d - 1 - p,), the deviation of what the next ones get; control (u,), those who always are certain.
+    """
+    p, d = mean.size, conditions.shape[1]
+    for i in range(rows.size):
+        row, told = conditions[rows[i]], uniform[1, i]
+        if uniform[0, i] < certain or control[rows[i]]:
+            out[i] = row
+            continue
+        scale = np.sqrt(told * (F(1.0) - told))
+        for j in range(p):
+            out[i, j] = mean[j] + told * (row[j] - mean[j]) + scale * deviation[j] * noise[i, j]
+        for j in range(p, d - 1):
+            out[i, j] = row[j] + spread[j - p] * noise[i, j]
+        out[i, d - 1] = told
 
 
 @njit(**SUMS)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative import checkpoint
-from dbdiffusion.generative.by_hand import gradients
+from dbdiffusion.generative.by_hand import value_and_gradients
 from dbdiffusion.generative.optimiser import AdamW
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.progress import Progress
@@ -180,11 +180,15 @@ class Trainer:
         """One step of gradient descent."""
         plan, step = self.plan, self.state.step
         self.noise.manual_seed(derive_seed(plan.seed, plan.what, "noise", step))
-        with torch.autocast(self.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
-            value = loss(self.network, self.rows(step), self.noise, step / plan.total_steps)
-        found = gradients(value, self.optimiser.parameters)
+        rows, share = self.rows(step), step / plan.total_steps
+
+        def value_of_batch() -> Tensor:
+            with torch.autocast(self.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
+                return loss(self.network, rows, self.noise, share)
+
+        value, found = value_and_gradients(self.network, value_of_batch, self.optimiser.parameters)
         self.optimiser.step(found, learning_rate(step, plan.total_steps, plan.learning_rate))
-        self.running += value.detach()
+        self.running += value
         self.state.step = step + 1
         if self.averaged is not None and self.state.step % EMA_EVERY == 0:
             updates = self.state.step // EMA_EVERY
