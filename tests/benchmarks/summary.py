@@ -14,7 +14,7 @@ import pandas as pd
 
 from dbdiffusion.runtime import contracts
 
-METRICS = ("pearson_delta", "pearson_delta_perturbed", "mse", "discrimination", "energy_distance")
+METRICS = ("pearson_delta", "pearson_delta_perturbed", "mse", "discrimination", "de_average_precision", "energy_distance")
 COLUMNS = ["check", "method", "stratum", "level", "value", "n", "low", "high"]
 RAW = ("control", "training_mean", "neighbour_mean", "ridge", "linear", "dbdiffusion")
 

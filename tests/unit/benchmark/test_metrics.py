@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.metrics import average_precision_score
 
 from dbdiffusion.benchmark import metrics
 
@@ -116,6 +117,27 @@ def test_no_targets_and_no_genes_give_empty_and_missing_scores(data):
     assert all(np.isnan(v).all() for v in metrics.effect_scores(**nothing, **options, weights=np.ones((T, G))).values())
 
 
+def test_average_precision_is_that_of_scikit_learn():
+    random = np.random.default_rng(6)
+    predicted, true, where = (
+        random.normal(size=(T, G)),
+        random.integers(-1, 2, (T, G)) * (random.random((T, G)) < 0.5),
+        random.random((T, G)) < 0.8,
+    )
+    predicted[1] = np.round(predicted[1])  # Ties.
+    predicted[2] = 0.0
+    true[3] = 0
+    predicted = np.where(where, predicted, np.nan)
+    scores = metrics.de_average_precision(predicted=predicted, true=true, where=where)
+    for t in range(T):
+        at = where[t]
+        expected = average_precision_score(true[t, at] != 0, np.abs(predicted[t, at])) if t != 3 else np.nan
+        np.testing.assert_allclose(scores[t], expected, err_msg=str(t))
+    assert scores[2] == pytest.approx((true[2, where[2]] != 0).mean())
+    assert np.isnan(metrics.de_average_precision(predicted=predicted, true=0 * true, where=where)).all()
+    assert metrics.de_average_precision(predicted=predicted[:0], true=true[:0], where=where[:0]).shape == (0,)
+
+
 def test_de_scores_match_sets():
     random = np.random.default_rng(4)
     called, true = random.integers(-1, 2, (T, G)), random.integers(-1, 2, (T, G))
@@ -155,4 +177,4 @@ def test_spread_is_the_trace_ratio_and_free_of_noise():
 def test_every_metric_has_a_direction(data):
     scores = metrics.effect_scores(**data, reference=np.zeros(G), weights=np.abs(data["observed"]))
     calls = metrics.de_scores(called=np.zeros((1, 1)), true=np.zeros((1, 1)))
-    assert set(scores) | set(calls) <= set(metrics.HIGHER_IS_BETTER) | {"slope", "spread"}
+    assert set(scores) | set(calls) | {"de_average_precision"} <= set(metrics.HIGHER_IS_BETTER) | {"slope", "spread"}

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import sparse
+from sklearn.metrics import average_precision_score
 
 from dbdiffusion.benchmark import scores
 from dbdiffusion.benchmark.baselines import write_baselines
@@ -81,6 +82,13 @@ def test_scores_of_a_perfect_predictor(scored):
             np.testing.assert_allclose(rows.loc[rows["metric"].isin(["mse", "weighted_mse"]), "value"], 0, atol=1e-20)
     for metric in ("de_precision", "de_recall", "de_jaccard", "de_sign"):
         np.testing.assert_array_equal(pick(scored.table, method="perfect", debiased=True, metric=metric)["value"], 1)
+    # One of effects: for predictions and for what is debiased, with that of half A beside it.
+    truth, true = scored.truth, scored.truth.observed_calls != 0
+    for debiased in (False, True):
+        rows = pick(scored.table, method="perfect", debiased=debiased, metric="de_average_precision", genes="all").loc[truth.targets]
+        for column, effect in (("value", truth.observed), ("ceiling", truth.replicate)):
+            expected = [average_precision_score(t, np.abs(e)) for t, e in zip(true, effect, strict=True)]
+            np.testing.assert_allclose(rows[column], expected)
     assert set(scored.table["genes"]) == {"all", "5"}
 
 

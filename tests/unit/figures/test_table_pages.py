@@ -114,3 +114,25 @@ def test_the_score_page_holds_the_mean_over_targets(made, tmp_path):
     order = list(dict.fromkeys(r[2] for r in rows if r[:2] == ["mse", "all"]))
     assert order[:2] == ["stacked", "dbDiffusion"]
     assert rows[0][0] == "pearson_delta"
+
+
+def test_the_page_says_how_many_calls_there_are_and_what_would_be(made, tmp_path):
+    de = contracts.DE.read(made.root / "de.parquet")
+    own = de[de["method"].astype(str) == "stacked"]
+    called = own["call"].isin(["up", "down"])
+    tables_html.write_de_page(de=made.root / "de.parquet", out_html=tmp_path / "de.html", method="stacked")
+    assert (
+        f"{called.sum()} calls in {own.loc[called, 'target'].nunique()} of {own['target'].nunique()} targets."
+        in (tmp_path / "de.html").read_text()
+    )
+    tested = own["call"] != "no_call"
+    q = np.where(tested, np.linspace(0.5, 0.13, len(own)), np.nan)
+    none = own.assign(q_selection=q, call=np.where(tested, "none", "no_call"))
+    text = tables_html.calls_in_words(none, "stacked", 0.1)
+    assert (
+        text == f"No gene is called: the smallest q is {np.nanmin(q):.1%}. With inference.q: 0.2 there would be {(q <= 0.2).sum()} calls."
+    )
+    # Without calls, targets of the best evidence come first.
+    shown = tables_html.top_calls(none, "stacked", per_target=1)
+    assert shown["q (selection)"].dropna().is_monotonic_increasing
+    assert tables_html.calls_in_words(none.assign(call="no_call"), "stacked", 0.1) == "No target could be tested."

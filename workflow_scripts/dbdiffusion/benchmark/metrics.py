@@ -22,6 +22,7 @@ HIGHER_IS_BETTER = {
     "weighted_mse": False,
     "discrimination": True,
     "sign_accuracy": True,
+    "de_average_precision": True,
     "de_precision": True,
     "de_recall": True,
     "de_jaccard": True,
@@ -121,6 +122,23 @@ def sign_accuracy(*, predicted: np.ndarray, observed: np.ndarray, where: np.ndar
     right = np.where(moved, np.sign(predicted) == np.sign(observed), 0.5)
     score = _ratio(np.where(where, right, 0.0).sum(axis=1), where.sum(axis=1))
     return np.where((moved & where).any(axis=1), score, np.nan)
+
+
+def de_average_precision(*, predicted: np.ndarray, true: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """How well the size of predicted effects ranks the genes `true` (T, G) that the held-out cells call, whatever a threshold on it.
+
+    Mean over these genes of the share of true ones among all genes predicted to change as much or more: the area under the curve of
+    precision over recall, and by chance the share of true genes. NaN without a true gene.
+    """
+
+    def as_large(among: np.ndarray) -> np.ndarray:
+        return stats.rankdata(np.where(among, -np.abs(predicted), np.nan), method="max", axis=1, nan_policy="omit")
+
+    found = where & (true != 0)
+    if not found.any():
+        return np.full(len(predicted), np.nan)
+    precision = _ratio(np.where(found, as_large(found), 0.0), np.where(found, as_large(where), 0.0))
+    return _ratio(np.nansum(precision, axis=1), found.sum(axis=1))
 
 
 def slope(*, predicted: np.ndarray, observed: np.ndarray, where: np.ndarray) -> np.ndarray:

@@ -70,6 +70,9 @@ def score_effects(predicted: np.ndarray, fold: Fold) -> Scores:
         )
         out |= {(metric, label): value for metric, value in values.items()}
     out["spread", "all"] = metrics.spread(predicted=predicted, observed=truth.observed, replicate=truth.replicate)
+    out["de_average_precision", "all"] = metrics.de_average_precision(
+        predicted=predicted, true=truth.observed_calls, where=np.isfinite(predicted)
+    )
     return out
 
 

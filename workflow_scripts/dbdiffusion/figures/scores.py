@@ -22,6 +22,7 @@ TITLES = {
     "mse": "Mean squared error",
     "weighted_mse": "Weighted squared error",
     "mmd": "MMD",
+    "de_average_precision": "Average precision of changed genes",
     "de_precision": "Precision of calls",
     "de_recall": "Recall of calls",
     "de_jaccard": "Jaccard of calls",

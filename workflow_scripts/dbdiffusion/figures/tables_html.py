@@ -151,7 +151,8 @@ DE_COLUMNS = {
 def top_calls(de: pd.DataFrame, method: str, per_target: int) -> pd.DataFrame:
     """The rows of `method` with the best evidence for each target: called genes first, then by q and |lfc|.
 
-    de: contract `de`. A target on which the method abstains keeps one row, which names the reason.
+    de: contract `de`. Targets of most calls come first, then those of the smallest q. A target on which the method abstains keeps one
+    row, which names the reason.
     """
     rows = de[de["method"].astype(str) == method]
     if rows.empty:
@@ -164,11 +165,23 @@ def top_calls(de: pd.DataFrame, method: str, per_target: int) -> pd.DataFrame:
     ).sort_values(["target", "seed", "fold", "_called", "_q", "_size", "gene"], kind="stable", na_position="last")
     abstained = (rows["call"] == "no_call").groupby(rows["target"]).transform("all")
     kept = pd.concat([rows[~abstained].groupby("target").head(per_target), rows[abstained].groupby("target").head(1)])
-    # Targets with calls come first, those of most calls at the top.
-    called = (~rows["_called"]).groupby(rows["target"]).sum()
-    order = sorted(called.index, key=lambda t: (-int(called[t]), t))
+    called, best = (~rows["_called"]).groupby(rows["target"]).sum(), rows["_q"].fillna(np.inf).groupby(rows["target"]).min()
+    order = sorted(called.index, key=lambda t: (-int(called[t]), float(best[t]), t))
     kept = kept.assign(_place=kept["target"].map({t: i for i, t in enumerate(order)})).sort_values("_place", kind="stable")
     return kept[list(DE_COLUMNS)].rename(columns=DE_COLUMNS).reset_index(drop=True)
+
+
+def calls_in_words(de: pd.DataFrame, method: str, q: float) -> str:
+    """How many genes `method` calls at q; where none, how small its q gets and what is called at twice the q."""
+    rows = de[de["method"].astype(str) == method]
+    called = rows["call"].astype(str).isin(["up", "down"])
+    if called.any():
+        return f"{int(called.sum()):,} calls in {rows.loc[called, 'target'].nunique():,} of {rows['target'].nunique():,} targets."
+    found = rows["q_selection"].fillna(rows["q_t"])[rows["call"].astype(str) == "none"]
+    if found.empty:
+        return "No target could be tested."
+    wider, more = f"inference.q: {2 * q:g}", int((found <= 2 * q).sum())
+    return f"No gene is called: the smallest q is {found.min():.1%}. With {wider} there would be {more:,} calls."
 
 
 SCORE_COLUMNS = {
@@ -215,7 +228,7 @@ def write_de_page(
     note = (
         f"Differential expression of each target against control, predicted by {METHOD_NAMES.get(method, method)}; the {per_target} genes "
         f"with the best evidence per target. lfc: change of mean ln(1 + CP10k), with its interval; calls at a nominal FDR of {q:g}; "
-        "the full table is tables/de.parquet."
+        f"the full table is tables/de.parquet. {calls_in_words(table, method, q)}"
     )
     write_table_page(top_calls(table, method, per_target), out_html, title="Calls per target", note=note)
 

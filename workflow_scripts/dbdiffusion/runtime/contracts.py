@@ -261,7 +261,7 @@ SCORES = Table(
         C("method", "str", "", "predictor"),
         C("debiased", "bool", "", "after debiasing, or the predictor as it is"),
         C("target", "str", "", "held-out perturbation"),
-        C("metric", "str", "", "metric"),
+        C("metric", "str", "", "metric; what each one is, `benchmark/metrics.py` and `benchmark/distribution.py` say"),
         C("genes", "str", "", "all, or the number of genes of largest effect in half A"),
         C("value", "float", "of the metric", "score", missing=True),
         C("ceiling", "float", "of the metric", "the score of half A as a predictor of half B (replicate)", missing=True),
