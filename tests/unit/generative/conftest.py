@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from dbdiffusion.perturbations.effects import write_effects
 from dbdiffusion.runtime import contracts
 
 torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent))
 
 VAE = VaeConfig(hidden=[32], latent=6, max_epochs=3, batch_size=64, likelihood="nb")
 DIFFUSION = DiffusionConfig(widths=[32, 16], max_epochs=3, batch_size=64)

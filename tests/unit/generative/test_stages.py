@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import anndata as ad
 import numpy as np
 import pytest
 import torch
+from pretended_gpu import pretended_gpu
 
 from dbdiffusion.data.sets import EffectSet, MeanSet
 from dbdiffusion.data.splits import Splits
@@ -16,18 +19,19 @@ from dbdiffusion.generative.conditions import Conditions
 from dbdiffusion.generative.diffusion import write_diffusion
 from dbdiffusion.generative.generate import write_generated
 from dbdiffusion.generative.merge import write_merged
+from dbdiffusion.generative.training import Trainer
 from dbdiffusion.generative.tuning import STRENGTHS, Trial, write_trial
 from dbdiffusion.generative.vae import write_vae
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.files import read_json, write_json
 
 
-def chain(screen, crossfit: str, folder: Path, cells: Path | None = None) -> dict[str, Path]:
+def chain(screen, crossfit: str, folder: Path, cells: Path | None = None, device: str = "cpu") -> dict[str, Path]:
     """Train and generate one cross-fit model of fold 0."""
     names = ("vae.safetensors", "vae.json", "diffusion.safetensors", "diffusion.json", "generated.h5ad", "means.parquet")
     out = {name: folder / name for name in names}
     common = {"cells": cells or screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": crossfit}
-    run = {"device": "cpu", "seed": 3, "scratch": folder / "scratch"}
+    run = {"device": device, "seed": 3, "scratch": folder / "scratch"}
     write_vae(**common, **run, config=screen.vae, weights=out["vae.safetensors"], record=out["vae.json"])
     pair = {"vae": out["vae.safetensors"], "vae_record": out["vae.json"], "embedding": screen.embedding("0", crossfit)}
     write_diffusion(**common, **run, **pair, config=screen.diffusion, weights=out["diffusion.safetensors"], record=out["diffusion.json"])
@@ -37,7 +41,7 @@ def chain(screen, crossfit: str, folder: Path, cells: Path | None = None) -> dic
         diffusion=out["diffusion.safetensors"],
         diffusion_record=out["diffusion.json"],
         config=screen.generation,
-        device="cpu",
+        device=device,
         seed=3,
         generated=out["generated.h5ad"],
         means=out["means.parquet"],
@@ -212,3 +216,74 @@ def test_another_panel_is_refused(screen, models: list[dict[str, Path]], tmp_pat
     with pytest.raises(UserError, match="another panel"):
         write_trial(**model, out=tmp_path / "trial.json")
     assert [path.name for path in tmp_path.iterdir()] == ["effects.parquet"]
+
+
+GPU_WAYS = {
+    "default": {"vae": {}, "diffusion": {}},
+    "published": {
+        "vae": {"kind": "autoencoder", "activation": "prelu", "norm": "batch"},
+        "diffusion": {
+            "null_token": "zero", "uncertain_conditions": False, "standardise_latent": False, "mean_offsets": False, "prediction": "epsilon",
+        },
+    },
+    "gaussian": {
+        "vae": {"likelihood": "gaussian", "free_bits": 0.1},
+        "diffusion": {"condition": "features", "prediction": "x0", "min_snr_gamma": 5.0},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", GPU_WAYS)
+def test_a_gpu_is_gone_through_and_gives_what_the_cpu_does(screen, tmp_path: Path, monkeypatch, way: str) -> None:
+    vae, diffusion = (getattr(screen, name).model_copy(update={"precision": "fp32", **keys}) for name, keys in GPU_WAYS[way].items())
+    asked = replace(screen, vae=vae, diffusion=diffusion)
+    for name in ("conditions", "denoiser", "diffusion", "optimiser", "vae"):
+        monkeypatch.setattr(f"dbdiffusion.generative.{name}.fused", lambda *tensors: False)
+    found = []
+    for device in ("cpu", "cuda"):
+        folder = tmp_path / device
+        with pretended_gpu() if device == "cuda" else contextlib.nullcontext():
+            made = chain(asked, "0", folder, device=device)
+            pair = {"vae": made["vae.safetensors"], "vae_record": made["vae.json"], "embedding": screen.embedding("0", "0")}
+            files = {"diffusion": made["diffusion.safetensors"], "diffusion_record": made["diffusion.json"], "effects": screen.effects}
+            write_trial(**pair, **files, config=screen.generation, device=device, seed=3, out=folder / "trial.json")
+        assert read_json(made["diffusion.json"])["device"] == ("cpu" if device == "cpu" else "pretended")
+        found.append((MeanSet.read(made["means.parquet"]).mean, np.array(list(Trial.read(folder / "trial.json").pseudo.values()))))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
+
+
+def test_a_training_on_a_gpu_resumes(screen, tmp_path: Path) -> None:
+    common = {"cells": screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": "0"}
+    config, made = screen.vae.model_copy(update={"checkpoint_seconds": 0.0}), []
+    save, saves = Trainer.save, []
+
+    def killed(self: Trainer) -> None:
+        save(self)
+        saves.append(self.state.step)
+        if len(saves) == 3:
+            raise KeyboardInterrupt
+
+    with pretended_gpu():
+        for folder in ("whole", "killed"):
+            run = {"device": "cuda", "seed": 3, "scratch": tmp_path / folder, "config": config}
+            out = {"weights": tmp_path / f"{folder}.safetensors", "record": tmp_path / f"{folder}.json"}
+            if folder == "killed":
+                with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+                    patch.setattr(Trainer, "save", killed)
+                    write_vae(**common, **run, **out)
+                assert saves == [1, 2, 3]
+            write_vae(**common, **run, **out)
+            made.append(out["weights"].read_bytes())
+    assert made[0] == made[1]
+
+
+def test_a_pretended_gpu_refuses_what_a_gpu_does() -> None:
+    with pretended_gpu():
+        x = torch.ones(3, device="cuda")
+        assert x.device == torch.device("cuda:0")
+        with pytest.raises(RuntimeError, match="same device"):
+            x + torch.ones(3)
+        with pytest.raises(TypeError, match="to numpy"):
+            x.numpy()
+        assert (2 * x).cpu().tolist() == [2, 2, 2]

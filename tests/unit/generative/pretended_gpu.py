@@ -1,0 +1,117 @@
+"""A GPU that is none: tensors that say they lie on cuda:0, refuse to meet others, and are computed on the CPU.
+
+What torch would refuse on a machine with a GPU (tensors on two devices, a tensor there as numpy) is refused here, so that the way of a
+training or sampling through a GPU can be followed on machines without one. Random streams are the CPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map
+
+GPU = torch.device("cuda:0")
+
+
+class OnGpu(Tensor):
+    """held: the same on the CPU. To torch's own code it is of the CPU, which alone it has."""
+
+    held: Tensor
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> OnGpu:
+        layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
+        return Tensor._make_wrapper_subclass(cls, held.shape, **layout, device="cpu")
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held.detach()
+
+    def __repr__(self) -> str:
+        return f"OnGpu({self.held})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func == Tensor.device.__get__:
+            return GPU
+        if func == Tensor.data.__set__:  # Other memory for the same tensor.
+            args[0].held = args[1].held
+            return None
+        if func == Tensor.data_ptr:
+            return args[0].held.data_ptr()
+        if func in (Tensor.numpy, Tensor.__array__):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
+        where = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, (torch.device, str))]
+        if func is Tensor.cpu or (func is Tensor.to and torch.device("cpu") in where):
+            return args[0].held.clone()
+        if where:
+            cpu = torch.device("cpu")
+            args = tuple(cpu if isinstance(x, torch.device) else x for x in args)
+            kwargs = {**kwargs, **({"device": cpu} if "device" in kwargs else {})}
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, name = kwargs or {}, func._schema.name
+        others = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and not isinstance(x, cls) and x.dim()]
+        if others and name != "aten::copy_":
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu, in {name}")
+        given, named = tree_map(lambda x: x.held if isinstance(x, cls) else x, (args, kwargs))
+        found = func(*given, **named)
+        if name == "aten::copy_" and not isinstance(args[0], cls):
+            return args[0]
+        return return_and_correct_aliasing(func, args, kwargs, tree_map(lambda x: cls(x) if isinstance(x, Tensor) else x, found))
+
+
+class _Placed(TorchFunctionMode):
+    """What is made on the GPU, or moved there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        placed = [
+            x
+            for x in (*args, kwargs.get("device"))
+            if isinstance(x, torch.device) and x.type == "cuda" or isinstance(x, str) and x == "cuda"
+        ]
+        given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, OnGpu)]
+        if not placed or given or func is torch._C._nn._parse_to:
+            return func(*args, **kwargs)
+        args = tuple(torch.device("cpu") if isinstance(x, torch.device) else x for x in args)
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("cpu")
+        made = func(*args, **kwargs)
+        return OnGpu(made.clone()) if isinstance(made, Tensor) else made
+
+
+class _Stream(torch.Generator):
+    def __new__(cls, device: torch.device | str = "cpu") -> _Stream:
+        return super().__new__(cls, "cpu")
+
+
+@contextmanager
+def pretended_gpu() -> Iterator[None]:
+    """Within the block a machine with one GPU."""
+    found = {
+        "is_available": True,
+        "device_count": 1,
+        "is_bf16_supported": False,
+        "get_device_name": "pretended",
+        "max_memory_allocated": 2**30,
+    }
+    overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with pytest.MonkeyPatch.context() as patch, _Placed():
+            for name, value in found.items():
+                patch.setattr(torch.cuda, name, lambda *args, value=value: value)
+            patch.setattr(torch, "Generator", _Stream)
+            yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
