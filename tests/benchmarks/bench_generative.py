@@ -41,13 +41,13 @@ from dbdiffusion.data.simulate import write_screen
 from dbdiffusion.figures import style
 from dbdiffusion.generative.cells import Cells
 from dbdiffusion.generative.conditions import Conditions
-from dbdiffusion.generative.diffusion import Objective, diffusion_loss, fit_denoiser, sampling_schedule
+from dbdiffusion.generative.diffusion import DiffusionLoss, Objective, fit_denoiser, sampling_schedule
 from dbdiffusion.generative.generate import SEEN, Generator
 from dbdiffusion.generative.latents import latents_of
 from dbdiffusion.generative.offsets import MeanOffsets, fit_offsets
 from dbdiffusion.generative.training import Plan, Trainer, deterministic
 from dbdiffusion.generative.tuning import CELLS, STRENGTHS, best_strength, trial_errors
-from dbdiffusion.generative.vae import CellTensors, fit_vae, vae_loss
+from dbdiffusion.generative.vae import CellTensors, VaeLoss, fit_vae
 from dbdiffusion.runtime.files import write_json
 
 CPU = torch.device("cpu")
@@ -291,9 +291,9 @@ def run(
     by_steps = judge.by_steps(generator, diffusion, known) if judge and steps else {}
     # Last, for it trains on.
     rates = (
-        training_rate(network, vae_loss(data, vae), vae, vae.hidden[0], len(train), rounds),
+        training_rate(network, VaeLoss(data, vae), vae, vae.hidden[0], len(train), rounds),
         training_rate(
-            denoiser, diffusion_loss(latents, objective, diffusion.label_dropout, doubt), diffusion, diffusion.widths[0], len(train), rounds
+            denoiser, DiffusionLoss(latents, objective, diffusion.label_dropout, doubt), diffusion, diffusion.widths[0], len(train), rounds
         ),
     )
     return Result(first.seconds, second.seconds, *rates, guided, unguided, quality, by_steps)

@@ -1,7 +1,8 @@
 """A GPU that is none: tensors that say they lie on cuda:0, refuse to meet others, and are computed on the CPU.
 
 What torch would refuse on a machine with a GPU (tensors on two devices, a tensor there as numpy) is refused here, so that the way of a
-training or sampling through a GPU can be followed on machines without one. Random streams are the CPU's.
+training or sampling through a GPU can be followed on machines without one. Random streams are the CPU's. CUDA graphs are there too: what
+is recorded is not done, a replay repeats it on the same memory, and numbers that Python has looked at stay what they were.
 """
 
 from __future__ import annotations
@@ -18,6 +19,52 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
 GPU = torch.device("cuda:0")
+
+
+LOOKS = (Tensor.__float__, Tensor.__bool__, Tensor.__int__)
+RECORDED: list[Graph] = []
+"""The graph that is recorded, if any."""
+
+
+class Graph:
+    """operations: function, arguments, results."""
+
+    def __init__(self) -> None:
+        self.operations: list[tuple[Any, tuple, dict, Any]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def note(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Do it for the shapes of its results; what it writes over is kept."""
+        for x in tree_flatten((args, kwargs))[0]:
+            if isinstance(x, Tensor) and x.untyped_storage().data_ptr() not in self.before:
+                whole = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+                self.before[x.untyped_storage().data_ptr()] = whole, whole.clone()
+        found = func(*args, **kwargs)
+        self.operations.append((func, args, kwargs, found))
+        return found
+
+    def replay(self) -> None:
+        for func, args, kwargs, found in self.operations:
+            again = func(*args, **kwargs)
+            for own, x in zip(tree_flatten(found)[0], tree_flatten(again)[0], strict=True):
+                if isinstance(own, Tensor) and own.data_ptr() != x.data_ptr():
+                    own.copy_(x)
+
+
+@contextmanager
+def recorded(graph: Graph) -> Iterator[None]:
+    """Nothing is done within the block."""
+    RECORDED.append(graph)
+    try:
+        yield
+    finally:
+        RECORDED.pop()
+        for whole, values in graph.before.values():
+            whole.copy_(values)
+
+
+def _done(func: Any, args: tuple, kwargs: dict) -> Any:
+    return RECORDED[-1].note(func, args, kwargs) if RECORDED else func(*args, **kwargs)
 
 
 class OnGpu(Tensor):
@@ -49,6 +96,8 @@ class OnGpu(Tensor):
         if func in (Tensor.numpy, Tensor.__array__):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
         where = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, (torch.device, str))]
+        if RECORDED and (func in (Tensor.cpu, Tensor.item, Tensor.tolist) or func in LOOKS):
+            raise RuntimeError("operation not permitted when stream is capturing")
         if func is Tensor.cpu or (func is Tensor.to and torch.device("cpu") in where):
             return args[0].held.clone()
         if where:
@@ -64,7 +113,7 @@ class OnGpu(Tensor):
         if others and name != "aten::copy_":
             raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu, in {name}")
         given, named = tree_map(lambda x: x.held if isinstance(x, cls) else x, (args, kwargs))
-        found = func(*given, **named)
+        found = _done(func, given, named)
         if name == "aten::copy_" and not isinstance(args[0], cls):
             return args[0]
         return return_and_correct_aliasing(func, args, kwargs, tree_map(lambda x: cls(x) if isinstance(x, Tensor) else x, found))
@@ -75,19 +124,22 @@ class _Placed(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        placed = [
-            x
-            for x in (*args, kwargs.get("device"))
-            if isinstance(x, torch.device) and x.type == "cuda" or isinstance(x, str) and x == "cuda"
-        ]
+        named = [x for x in (*args, kwargs.get("device")) if isinstance(x, torch.device | str)]
+        placed = [x for x in named if str(x).startswith("cuda")]
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, OnGpu)]
         if not placed or given or func is torch._C._nn._parse_to:
             return func(*args, **kwargs)
         args = tuple(torch.device("cpu") if isinstance(x, torch.device) else x for x in args)
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
-        made = func(*args, **kwargs)
-        return OnGpu(made.clone()) if isinstance(made, Tensor) else made
+        if RECORDED and kwargs.get("generator") is not None:
+            raise RuntimeError("a random stream that was not registered with the graph")
+        made = _done(lambda *args, **kwargs: _own(func(*args, **kwargs)), args, kwargs)
+        return OnGpu(made) if isinstance(made, Tensor) else made
+
+
+def _own(made: Any) -> Any:
+    return made.clone() if isinstance(made, Tensor) else made
 
 
 class _Stream(torch.Generator):
@@ -111,7 +163,8 @@ def pretended_gpu() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch, _Placed():
             for name, value in found.items():
                 patch.setattr(torch.cuda, name, lambda *args, value=value: value)
-            patch.setattr(torch, "Generator", _Stream)
+            for name, value in {"Generator": _Stream, "cuda.CUDAGraph": Graph, "cuda.graph": recorded}.items():
+                patch.setattr(f"torch.{name}", value)
             yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)

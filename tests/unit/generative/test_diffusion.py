@@ -7,7 +7,7 @@ import torch
 from dbdiffusion.config.generator import DiffusionConfig, GenerationConfig
 from dbdiffusion.generative import diffusion
 from dbdiffusion.generative.denoiser import Denoiser
-from dbdiffusion.generative.diffusion import Objective, diffusion_loss, epsilon_of, fit_denoiser, sampling_schedule
+from dbdiffusion.generative.diffusion import DiffusionLoss, Objective, epsilon_of, fit_denoiser, sampling_schedule
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.networks import seeded
 from dbdiffusion.generative.samplers import SAMPLERS
@@ -114,7 +114,7 @@ def test_loss_drops_labels_at_the_stated_rate_and_weighs_by_timestep() -> None:
     for share, gamma in ((0.0, None), (0.2, 5.0)):
         objective = Objective.make(DiffusionConfig(min_snr_gamma=gamma), CPU)
         assert (objective.weights == 1).all() == (gamma is None)
-        diffusion_loss(latents, objective, share)(made, torch.arange(4000), torch.Generator().manual_seed(0))
+        DiffusionLoss(latents, objective, share)(made, torch.arange(4000), torch.Generator().manual_seed(0))
     assert seen[0] == 0
     assert float(seen[1]) == pytest.approx(0.2, abs=0.03)
 
@@ -138,7 +138,7 @@ def test_conditions_of_a_batch_are_made_uncertain(conditions: int) -> None:
 
     made, rows, objective = seeded(lambda: Spy(6, 4, [8]), 0), torch.arange(40), Objective.make(DiffusionConfig(), CPU)
     for some in (None, doubt):
-        diffusion_loss(latents, objective, 0.0, some)(made, rows, torch.Generator().manual_seed(0))
+        DiffusionLoss(latents, objective, 0.0, some)(made, rows, torch.Generator().manual_seed(0))
     assert len(calls) == 1
     for sign, (seen, index) in zip((1, -1), given, strict=True):
         assert len(seen) == min(conditions, 40)

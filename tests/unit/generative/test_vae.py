@@ -12,10 +12,10 @@ from dbdiffusion.generative.networks import seeded
 from dbdiffusion.generative.vae import (
     CellTensors,
     CellVae,
+    VaeLoss,
     encode_all,
     fit_vae,
     kl_to_standard_normal,
-    vae_loss,
 )
 
 CPU = torch.device("cpu")
@@ -125,7 +125,7 @@ def test_kl_weight_warms_up(toy) -> None:
     config = small(kl_weight=1.0, kl_warmup_share=0.5)
     network = seeded(lambda: CellVae(len(toy.genes), 2, config), 0)
     data, rows = CellTensors.make(toy, False, CPU), torch.arange(50)
-    loss = vae_loss(data, config)
+    loss = VaeLoss(data, config)
     with torch.no_grad():
         values = [float(loss(network, rows, torch.Generator().manual_seed(0), share)) for share in (0.0, 0.25, 0.5, 1.0)]
     assert values[1] - values[0] == pytest.approx((values[2] - values[0]) / 2, rel=1e-3)

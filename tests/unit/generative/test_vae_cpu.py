@@ -90,7 +90,7 @@ def test_other_designs_are_left_to_autograd(monkeypatch, toy: Cells, options: di
     monkeypatch.setattr(CellVae, "loss_by_hand", None)
     config = VaeConfig(hidden=[8], latent=2, **options)
     network = network_of(toy, config)
-    loss = vae.vae_loss(CellTensors.make(toy, network.counts, CPU), config)
+    loss = vae.VaeLoss(CellTensors.make(toy, network.counts, CPU), config)
     assert torch.isfinite(loss(network, torch.arange(20), torch.Generator().manual_seed(0), 1.0))
 
 

@@ -21,6 +21,7 @@ from dbdiffusion.generative.kernels import array, fused
 from dbdiffusion.generative.latents import Latents, latents_of
 from dbdiffusion.generative.networks import seeded
 from dbdiffusion.generative.offsets import MeanOffsets, fit_offsets
+from dbdiffusion.generative.recording import InParts
 from dbdiffusion.generative.samplers import SPACING
 from dbdiffusion.generative.schedule import NoiseSchedule, noise_schedule
 from dbdiffusion.generative.training import Fitted, Plan, fit, split_rows, training_record
@@ -96,24 +97,32 @@ class Objective:
         return level.sqrt() * predicted + (1 - level).sqrt() * y
 
 
-def diffusion_loss(latents: Latents, objective: Objective, label_dropout: float, doubt: Doubt | None = None):
+@dataclass(frozen=True)
+class DiffusionLoss(InParts):
     """Weighted mean squared error of the prediction over cells and coordinates; the null label replaces a share of the labels, and `doubt`
     makes conditions uncertain."""
 
-    def loss(network: Denoiser, rows: Tensor, stream: torch.Generator, share: float = 1.0) -> Tensor:
-        y, target, t, weight, label = objective.noised(latents, rows, stream, label_dropout)
-        which, label = taken(label, len(latents.conditions))
-        conditions = doubt(latents.conditions, which, stream) if doubt else latents.conditions.index_select(0, which)
-        return network.misfit(y, t, conditions, label, target, weight)
+    latents: Latents
+    objective: Objective
+    label_dropout: float
+    doubt: Doubt | None = None
 
-    return loss
+    def inputs(self, rows: Tensor, stream: torch.Generator, share: float) -> tuple[Tensor, ...]:
+        table = self.latents.conditions
+        y, target, t, weight, label = self.objective.noised(self.latents, rows, stream, self.label_dropout)
+        which, label = taken(label, len(table))
+        conditions = self.doubt(table, which, stream) if self.doubt else table.index_select(0, which)
+        return y, t, conditions, label, target, weight
+
+    def value(self, network: Denoiser, *inputs: Tensor) -> Tensor:
+        return network.misfit(*inputs)
 
 
 def diffusion_validation(latents: Latents, objective: Objective, rows: np.ndarray, seed: int, repeats: int = 4):
     """Held-out loss of the conditional model with the same noise at every call; None without held-out cells."""
     if not len(rows):
         return None
-    loss = diffusion_loss(latents, objective, 0.0)
+    loss = DiffusionLoss(latents, objective, 0.0)
     held = torch.from_numpy(np.tile(rows, repeats)).to(latents.mean.device)
 
     def validate(network: Denoiser) -> float:
@@ -152,7 +161,7 @@ def fit_denoiser(
     key = checkpoint.digest(*settings, *seen)
     fitted = fit(
         network,
-        diffusion_loss(latents, objective, config.label_dropout, doubt),
+        DiffusionLoss(latents, objective, config.label_dropout, doubt),
         plan,
         device=device,
         validate=diffusion_validation(latents, objective, held, seed),

@@ -40,19 +40,28 @@ class AdamW:
 
     def step(self, gradients: Sequence[Tensor], rate: float) -> None:
         """One update with learning rate `rate`, of the gradients of `parameters`, in their order."""
+        self.update(gradients, *self.settings(rate))
+
+    def settings(self, rate: float) -> tuple[float, float, float]:
+        """What changes from update to update, of the next one: rate over the first moment's correction, what the second's root is
+        multiplied with, and what decay leaves."""
         self.steps += 1
+        first, second = (1 - beta**self.steps for beta in BETAS)
+        return rate / first, 1 / math.sqrt(second), 1 - rate * self.weight_decay
+
+    def update(self, gradients: Sequence[Tensor], rate: float | Tensor, correct: float | Tensor, kept: float | Tensor) -> None:
+        """One update with these `settings`; on a GPU they can be tensors."""
         elsewhere = [(place, g) for place, g in zip(self.places, gradients, strict=True) if g.data_ptr() != place.data_ptr()]
         if len(elsewhere) == len(self.places):
             torch.cat([g.reshape(-1) for g in gradients], out=self.gradient)
         else:
             for place, g in elsewhere:
                 place.copy_(g.reshape(-1))
-        correct, kept = [1 - beta**self.steps for beta in BETAS], 1 - rate * self.weight_decay
         if fused(self.values):
             norm = math.sqrt(kernels.sum_of_squares(self._arrays[1]))
             # As torch's own clipping: a gradient that is not finite stays so, and is noticed by the loss.
             scale = 1.0 if norm <= self.clip else self.clip / (norm + 1e-6)
-            settings = [np.float32(x) for x in (scale, rate / correct[0], *BETAS, 1 / math.sqrt(correct[1]), EPSILON)]
+            settings = [np.float32(x) for x in (scale, rate, *BETAS, correct, EPSILON)]
             n = self.matrices.numel()
             kernels.adam(*(x[:n] for x in self._arrays), np.float32(kept), *settings)
             kernels.adam(*(x[n:] for x in self._arrays), np.float32(1), *settings)
@@ -61,8 +70,8 @@ class AdamW:
         self.gradient.mul_((self.clip / (torch.linalg.vector_norm(self.gradient) + 1e-6)).clamp(max=1.0))
         self.first.lerp_(self.gradient, 1 - BETAS[0])
         self.second.mul_(BETAS[1]).addcmul_(self.gradient, self.gradient, value=1 - BETAS[1])
-        spread = self.second.sqrt().div_(math.sqrt(correct[1])).add_(EPSILON)
-        self.values.addcdiv_(self.first, spread, value=-rate / correct[0])
+        spread = self.second.sqrt().mul_(correct).add_(EPSILON)
+        self.values.sub_(self.first.div(spread).mul_(rate))
 
     @cached_property
     def _arrays(self) -> list[np.ndarray]:

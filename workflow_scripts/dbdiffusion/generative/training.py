@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative import checkpoint
 from dbdiffusion.generative.by_hand import value_and_gradients
 from dbdiffusion.generative.optimiser import AdamW
+from dbdiffusion.generative.recording import InParts, Recorded
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.progress import Progress
 from dbdiffusion.runtime.provenance import versions
@@ -65,12 +66,14 @@ class Plan:
     validations: int = 1000
     """At most so many validations, evenly over the epochs."""
     checkpoint_seconds: float = 60.0
+    cuda_graphs: bool = True
+    """Record the step on a GPU, where the loss is in parts."""
     autocast: torch.dtype | None = None
 
     @classmethod
     def of(cls, config: VaeConfig | DiffusionConfig, what: str, seed: int, rows: np.ndarray, device: torch.device, **more: Any) -> Plan:
         """As the config says; more: further fields."""
-        same = ("batch_size", "max_epochs", "max_steps", "learning_rate", "weight_decay", "patience", "checkpoint_seconds")
+        same = ("batch_size", "max_epochs", "max_steps", "learning_rate", "weight_decay", "patience", "checkpoint_seconds", "cuda_graphs")
         stated = {name: getattr(config, name) for name in same}
         return cls(what=what, seed=seed, rows=rows, autocast=autocast_type(config.precision, device), **stated, **more)
 
@@ -95,7 +98,7 @@ class Plan:
 @dataclass
 class Fitted:
     """weights: the state to keep (CPU); history: one row per validated epoch (epoch, step, train, validation loss); precision: that of
-    products, fp32 or bf16."""
+    products, fp32 or bf16; recorded: steps were replayed as a CUDA graph."""
 
     weights: dict[str, Tensor]
     history: list[dict[str, float]]
@@ -103,6 +106,7 @@ class Fitted:
     steps: int
     best_epoch: int
     precision: str
+    recorded: bool
 
     @property
     def steps_per_second(self) -> float:
@@ -166,6 +170,7 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
         self.state = _State()
         self.noise = torch.Generator(device)
+        self.recorded: Recorded | None = None
         self._order: tuple[int, Tensor] | None = None
 
     def rows(self, step: int) -> Tensor:
@@ -180,19 +185,29 @@ class Trainer:
         """One step of gradient descent."""
         plan, step = self.plan, self.state.step
         self.noise.manual_seed(derive_seed(plan.seed, plan.what, "noise", step))
-        rows, share = self.rows(step), step / plan.total_steps
-
-        def value_of_batch() -> Tensor:
-            with torch.autocast(self.device.type, dtype=plan.autocast, enabled=plan.autocast is not None):
-                return loss(self.network, rows, self.noise, share)
-
-        value, found = value_and_gradients(self.network, value_of_batch, self.optimiser.parameters)
-        self.optimiser.step(found, learning_rate(step, plan.total_steps, plan.learning_rate))
-        self.running += value
+        batch = self.rows(step), self.noise, step / plan.total_steps
+        settings = self.optimiser.settings(learning_rate(step, plan.total_steps, plan.learning_rate))
+        if self.device.type == "cuda" and plan.cuda_graphs and isinstance(loss, InParts):
+            if self.recorded is None:
+                self.recorded = Recorded(lambda *given: self._descend(lambda: loss.value(self.network, *given[3:]), given[:3]))
+            self.recorded(*settings, *loss.inputs(*batch))
+        else:
+            self._descend(lambda: loss(self.network, *batch), settings)
         self.state.step = step + 1
         if self.averaged is not None and self.state.step % EMA_EVERY == 0:
             updates = self.state.step // EMA_EVERY
             self.averaged.lerp_(self.values, 1 - min(plan.ema**EMA_EVERY, updates / (updates + 10)))
+
+    def _descend(self, value: Callable[[], Tensor], settings: Sequence[float | Tensor]) -> None:
+        """One update by the gradients of a loss; settings: the optimiser's."""
+
+        def value_of_batch() -> Tensor:
+            with torch.autocast(self.device.type, dtype=self.plan.autocast, enabled=self.plan.autocast is not None):
+                return value()
+
+        found, gradients = value_and_gradients(self.network, value_of_batch, self.optimiser.parameters)
+        self.optimiser.update(gradients, *settings)
+        self.running += found
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[nn.Module]:
@@ -306,7 +321,8 @@ def fit(
                     on_step(state.step)
         weights = {name: value.cpu().contiguous() for name, value in trainer.best.items()}
         precision = "fp32" if plan.autocast is None else "bf16"
-        return Fitted(weights, state.history, state.seconds, state.step, state.best_epoch, precision)
+        recorded = trainer.recorded is not None and trainer.recorded.graph is not None
+        return Fitted(weights, state.history, state.seconds, state.step, state.best_epoch, precision, recorded)
 
 
 def split_rows(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -327,8 +343,12 @@ def training_record(fitted: Fitted, device: torch.device, network: nn.Module) ->
         "seconds": round(fitted.seconds, 3),
         "steps_per_second": round(fitted.steps_per_second, 3),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        # Of the process, whose one job was this training; absent on a CPU.
-        **({"gpu_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3)} if device.type == "cuda" else {}),
+        **(_gpu_record(fitted, device) if device.type == "cuda" else {}),
         "threads": torch.get_num_threads(),
         "versions": versions("torch", "numpy", "safetensors"),
     }
+
+
+def _gpu_record(fitted: Fitted, device: torch.device) -> dict:
+    """Memory is that of the process, whose one job was this training."""
+    return {"gpu_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3), "cuda_graph": fitted.recorded}

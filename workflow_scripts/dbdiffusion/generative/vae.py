@@ -31,6 +31,7 @@ from dbdiffusion.generative.cells import TARGET_SUM, Cells, Matrix, load_cells
 from dbdiffusion.generative.kernels import fused
 from dbdiffusion.generative.likelihood import LARGEST_GAP, LARGEST_LOG_R, expected_log1p, nb_negative_log_likelihood
 from dbdiffusion.generative.networks import BatchLinear, parameters_of, seeded, trunk
+from dbdiffusion.generative.recording import InParts
 from dbdiffusion.generative.training import Fitted, Plan, fit, split_rows, training_record
 from dbdiffusion.runtime.device import resolve_device
 from dbdiffusion.runtime.errors import UserError
@@ -152,11 +153,21 @@ class CellVae(ByHand):
         term: mean over cells, per gene; scalar."""
         if self.config.norm == "layer" and self.config.activation == "silu" and fused(noise, self.spread):
             return self._negative_bound_by_hand(data, rows, noise, kl_weight)
-        expression, observed, log_library, batch = data.rows(rows)
+        return self.negative_bound_of(*data.rows(rows), noise, kl_weight)
+
+    def negative_bound_of(
+        self, expression: Tensor, observed: Tensor, log_library: Tensor, batch: Tensor, noise: Tensor, kl_weight: float | Tensor
+    ) -> Tensor:
+        """`negative_bound` of the cells of `CellTensors.rows`."""
         mean, log_variance = self.encode(expression, batch)
         decoded = self._decoded(mean + noise * torch.exp(0.5 * log_variance), batch)
         misfit = self.negative_log_likelihood(decoded, observed, log_library).mean()
         return (misfit + kl_weight * kl_to_standard_normal(mean, log_variance, self.config.free_bits)) / self.genes
+
+    def reconstruction_error(self, expression: Tensor, observed: Tensor, log_library: Tensor, batch: Tensor) -> Tensor:
+        """Squared error of the autoencoder, mean over cells, per gene; scalar."""
+        mean, _ = self.encode(expression, batch)
+        return self.negative_log_likelihood(self.decode(mean, batch), observed, log_library).mean() / self.genes
 
     def _negative_bound_by_hand(self, data: CellTensors, rows: Tensor, noise: Tensor, kl_weight: float) -> Tensor:
         """`negative_bound` without a graph in between."""
@@ -267,26 +278,38 @@ class CellTensors:
         return vae_cpu.Seen(*expression, *observed, *of_rows)
 
 
-def vae_loss(data: CellTensors, config: VaeConfig):
-    """The training loss per gene: negative log-likelihood + warmed-up weight x KL."""
+@dataclass(frozen=True)
+class VaeLoss(InParts):
+    """The training loss per gene: negative log-likelihood + warmed-up weight x KL, or the autoencoder's squared error."""
 
-    def loss(network: CellVae, rows: Tensor, stream: torch.Generator | None, share: float) -> Tensor:
+    data: CellTensors
+    config: VaeConfig
+
+    def drawn(self, rows: Tensor, stream: torch.Generator | None, share: float) -> tuple[Tensor, float]:
+        """Noise of the posterior's draws, and the weight of the KL term."""
+        warm = min(1.0, share / self.config.kl_warmup_share) if self.config.kl_warmup_share > 0 else 1.0
+        latent = min(self.config.latent, self.data.expression.shape[1])
+        return torch.randn((len(rows), latent), generator=stream, device=rows.device), self.config.kl_weight * warm
+
+    def inputs(self, rows: Tensor, stream: torch.Generator | None, share: float) -> tuple[Tensor | float, ...]:
+        cells = self.data.rows(rows)
+        return (*cells, *self.drawn(rows, stream, share)) if self.config.kind == "vae" else cells
+
+    def value(self, network: CellVae, *inputs: Tensor | float) -> Tensor:
+        return network.negative_bound_of(*inputs) if network.variational else network.reconstruction_error(*inputs)
+
+    def __call__(self, network: CellVae, rows: Tensor, stream: torch.Generator | None, share: float = 1.0) -> Tensor:
         if not network.variational:
-            expression, observed, log_library, batch = data.rows(rows)
-            mean, _ = network.encode(expression, batch)
-            return network.negative_log_likelihood(network.decode(mean, batch), observed, log_library).mean() / network.genes
-        noise = torch.randn((len(rows), network.latent), generator=stream, device=rows.device)
-        warm = min(1.0, share / config.kl_warmup_share) if config.kl_warmup_share > 0 else 1.0
-        return network.negative_bound(data, rows, noise, config.kl_weight * warm)
-
-    return loss
+            return super().__call__(network, rows, stream, share)
+        # On a CPU rows need no copy.
+        return network.negative_bound(self.data, rows, *self.drawn(rows, stream, share))
 
 
 def vae_validation(data: CellTensors, config: VaeConfig, rows: np.ndarray, seed: int):
     """Held-out loss at the full KL weight, with the same noise at every call; None without held-out cells."""
     if not len(rows):
         return None
-    loss, held = vae_loss(data, config), torch.from_numpy(rows).to(data.batch.device)
+    loss, held = VaeLoss(data, config), torch.from_numpy(rows).to(data.batch.device)
 
     def validate(network: CellVae) -> float:
         stream = torch.Generator(data.batch.device).manual_seed(derive_seed(seed, "validation noise"))
@@ -332,7 +355,7 @@ def fit_vae(
     path = checkpoint.scratch_file(scratch, "vae", key)
     data = CellTensors.make(cells, network.counts, device)
     fitted = fit(
-        network, vae_loss(data, config), plan, device=device, validate=vae_validation(data, config, held, seed), path=path, on_step=on_step
+        network, VaeLoss(data, config), plan, device=device, validate=vae_validation(data, config, held, seed), path=path, on_step=on_step
     )
     network.load_state_dict(fitted.weights)
     network.eval()

@@ -1,0 +1,119 @@
+"""Steps recorded as CUDA graphs, on a GPU that is pretended."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from pretended_gpu import Graph, pretended_gpu
+from torch import Tensor
+
+from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
+from dbdiffusion.generative.cells import DENSE_LIMIT, Cells, Matrix
+from dbdiffusion.generative.diffusion import fit_denoiser
+from dbdiffusion.generative.latents import Latents
+from dbdiffusion.generative.recording import EAGER, Recorded
+from dbdiffusion.generative.vae import fit_vae
+
+GPU = torch.device("cuda:0")
+
+
+@pytest.fixture
+def replays(monkeypatch) -> list[Graph]:
+    """The graph of each replay."""
+    found: list[Graph] = []
+    replay = Graph.replay
+    monkeypatch.setattr(Graph, "replay", lambda self: (found.append(self), replay(self)))
+    return found
+
+
+def test_a_recorded_step_does_what_the_step_does(replays: list[Graph]) -> None:
+    with pretended_gpu():
+        state = {way: torch.zeros(3, device=GPU) for way in ("plain", "recorded")}
+
+        def step(name: str):
+            def change(x: Tensor, factor: float | Tensor) -> None:
+                state[name].mul_(0.5).add_((factor * x).square())
+
+            return change
+
+        recorded = Recorded(step("recorded"))
+        for i in range(8):
+            x = torch.arange(3.0, device=GPU) + i
+            recorded(x, 0.1 * i)
+            step("plain")(x, 0.1 * i)
+            torch.testing.assert_close(state["recorded"].cpu(), state["plain"].cpu())
+    assert len(replays) == 8 - EAGER
+
+
+def test_what_is_no_input_stays_as_it_was_recorded(replays: list[Graph]) -> None:
+    """What the pretended GPU is for: a step that must not be recorded does not seem right."""
+    with pretended_gpu():
+        total, now = torch.zeros((), device=GPU), [0.0]
+        recorded = Recorded(lambda x: total.add_(now[0] * x.sum()))
+        for i in range(6):
+            now[0] = float(i)
+            recorded(torch.ones(1, device=GPU))
+        assert float(total) == 0 + 1 + 2 + 3 * 3
+
+
+def test_a_step_that_cannot_be_recorded_is_done_as_it_is(caplog, replays: list[Graph]) -> None:
+    with pretended_gpu(), caplog.at_level(logging.WARNING):
+        total = torch.zeros((), device=GPU)
+        recorded = Recorded(lambda x: total.add_(float(x.sum())))
+        for i in range(6):
+            recorded(torch.full((2,), float(i), device=GPU))
+        assert float(total) == 30
+    assert not replays
+    assert [record.message for record in caplog.records] == [
+        "training goes on without a CUDA graph, which may be slower: operation not permitted when stream is capturing"
+    ]
+
+
+def autoencoder(cells: Cells, **config) -> dict[str, Tensor]:
+    return fit_vae(cells, VaeConfig(hidden=[16], latent=4, batch_size=64, max_steps=12, **config), device=GPU, seed=1)[1].weights
+
+
+def denoiser(cells: Cells, **config) -> dict[str, Tensor]:
+    stream = torch.Generator().manual_seed(0)
+    latents = [torch.randn(300, 4), torch.rand(300, 4), torch.randint(0, 90, (300,)), torch.randn(90, 5, generator=stream)]
+    # More conditions than cells in a batch: those of a batch are taken before.
+    config = DiffusionConfig(widths=[16, 8], batch_size=64, max_steps=12, **config)
+    return fit_denoiser(Latents(*(x.to(GPU) for x in latents)), config, device=GPU, seed=1)[1].weights
+
+
+@pytest.mark.parametrize(
+    ("train", "config"),
+    [
+        (autoencoder, {}),
+        (autoencoder, {"likelihood": "gaussian", "kl_warmup_share": 0.8}),
+        (autoencoder, {"kind": "autoencoder", "norm": "batch", "activation": "prelu"}),
+        (denoiser, {}),
+        (denoiser, {"null_token": "zero", "ema": 0.0, "prediction": "epsilon"}),
+    ],
+)
+def test_recorded_trainings_end_with_the_same_weights(toy: Cells, caplog, replays: list[Graph], train, config: dict) -> None:
+    made = []
+    for graphs in (False, True):
+        torch.manual_seed(0)
+        with pretended_gpu():
+            made.append(train(toy, **config, cuda_graphs=graphs, precision="fp32"))
+        assert len(replays) == (12 - EAGER if graphs else 0)
+    assert len({id(graph) for graph in replays}) == 1
+    assert made[0].keys() == made[1].keys()
+    for name, value in made[0].items():
+        assert torch.equal(value, made[1][name]), name
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_cells_that_are_not_held_on_the_gpu(monkeypatch, toy: Cells, replays: list[Graph]) -> None:
+    made = []
+    for limit in (DENSE_LIMIT, 0):
+        monkeypatch.setattr(Matrix.__init__, "__defaults__", (limit,))
+        assert (Matrix(toy.counts, torch.device("cpu"))._dense is None) == (limit == 0)
+        with pretended_gpu():
+            made.append(autoencoder(toy, precision="fp32"))
+    assert len(replays) == 2 * (12 - EAGER)
+    for name, value in made[0].items():
+        assert torch.equal(value, made[1][name]), name
