@@ -14,6 +14,7 @@ from dbdiffusion.generative.cells import DENSE_LIMIT, Cells, Matrix
 from dbdiffusion.generative.diffusion import fit_denoiser
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.recording import EAGER, Recorded
+from dbdiffusion.generative.training import Fitted
 from dbdiffusion.generative.vae import fit_vae
 
 GPU = torch.device("cuda:0")
@@ -30,7 +31,7 @@ def replays(monkeypatch) -> list[Graph]:
 
 def test_a_recorded_step_does_what_the_step_does(replays: list[Graph]) -> None:
     with pretended_gpu():
-        state = {way: torch.zeros(3, device=GPU) for way in ("plain", "recorded")}
+        state, given = {way: torch.zeros(3, device=GPU) for way in ("plain", "recorded")}, []
 
         def step(name: str):
             def change(x: Tensor, factor: float | Tensor) -> None:
@@ -41,9 +42,12 @@ def test_a_recorded_step_does_what_the_step_does(replays: list[Graph]) -> None:
         recorded = Recorded(step("recorded"))
         for i in range(8):
             x = torch.arange(3.0, device=GPU) + i
+            given.append(x)
             recorded(x, 0.1 * i)
             step("plain")(x, 0.1 * i)
             torch.testing.assert_close(state["recorded"].cpu(), state["plain"].cpu())
+        # They are the caller's.
+        assert [x.cpu()[0] for x in given] == list(range(8))
     assert len(replays) == 8 - EAGER
 
 
@@ -71,16 +75,23 @@ def test_a_step_that_cannot_be_recorded_is_done_as_it_is(caplog, replays: list[G
     ]
 
 
-def autoencoder(cells: Cells, **config) -> dict[str, Tensor]:
-    return fit_vae(cells, VaeConfig(hidden=[16], latent=4, batch_size=64, max_steps=12, **config), device=GPU, seed=1)[1].weights
+def autoencoder(cells: Cells, **config) -> Fitted:
+    return fit_vae(cells, VaeConfig(hidden=[16], latent=4, batch_size=64, max_steps=12, **config), device=GPU, seed=1)[1]
 
 
-def denoiser(cells: Cells, **config) -> dict[str, Tensor]:
+def denoiser(cells: Cells, **config) -> Fitted:
     stream = torch.Generator().manual_seed(0)
     latents = [torch.randn(300, 4), torch.rand(300, 4), torch.randint(0, 90, (300,)), torch.randn(90, 5, generator=stream)]
     # More conditions than cells in a batch: those of a batch are taken before.
     config = DiffusionConfig(widths=[16, 8], batch_size=64, max_steps=12, **config)
-    return fit_denoiser(Latents(*(x.to(GPU) for x in latents)), config, device=GPU, seed=1)[1].weights
+    return fit_denoiser(Latents(*(x.to(GPU) for x in latents)), config, device=GPU, seed=1)[1]
+
+
+def assert_same(one: Fitted, other: Fitted) -> None:
+    assert one.history == other.history
+    assert one.weights.keys() == other.weights.keys()
+    for name, value in one.weights.items():
+        assert torch.equal(value, other.weights[name]), name
 
 
 @pytest.mark.parametrize(
@@ -101,9 +112,9 @@ def test_recorded_trainings_end_with_the_same_weights(toy: Cells, caplog, replay
             made.append(train(toy, **config, cuda_graphs=graphs, precision="fp32"))
         assert len(replays) == (12 - EAGER if graphs else 0)
     assert len({id(graph) for graph in replays}) == 1
-    assert made[0].keys() == made[1].keys()
-    for name, value in made[0].items():
-        assert torch.equal(value, made[1][name]), name
+    assert_same(*made)
+    assert len(made[0].history) > 1
+    assert [fitted.recorded for fitted in made] == [False, True]
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -115,5 +126,4 @@ def test_cells_that_are_not_held_on_the_gpu(monkeypatch, toy: Cells, replays: li
         with pretended_gpu():
             made.append(autoencoder(toy, precision="fp32"))
     assert len(replays) == 2 * (12 - EAGER)
-    for name, value in made[0].items():
-        assert torch.equal(value, made[1][name]), name
+    assert_same(*made)
