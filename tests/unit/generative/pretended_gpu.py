@@ -8,7 +8,7 @@ is recorded is not done, a replay repeats it on the same memory, and numbers tha
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -51,12 +51,37 @@ class Graph:
                     own.copy_(x)
 
 
+class Stream:
+    """waited: for which streams, in this order."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device, self.waited = device, []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other)
+
+
+USUAL = Stream()
+STREAMS = [USUAL]
+"""The current one is the last."""
+
+
 @contextmanager
-def recorded(graph: Graph) -> Iterator[None]:
+def current(stream: Stream) -> Iterator[None]:
+    STREAMS.append(stream)
+    try:
+        yield
+    finally:
+        STREAMS.pop()
+
+
+@contextmanager
+def recorded(graph: Graph, stream: Stream) -> Iterator[None]:
     """Nothing is done within the block."""
     RECORDED.append(graph)
     try:
-        yield
+        with current(stream):
+            yield
     finally:
         RECORDED.pop()
         for whole, values in graph.before.values():
@@ -142,8 +167,8 @@ def _own(made: Any) -> Any:
     return made.clone() if isinstance(made, Tensor) else made
 
 
-class _Stream(torch.Generator):
-    def __new__(cls, device: torch.device | str = "cpu") -> _Stream:
+class _Random(torch.Generator):
+    def __new__(cls, device: torch.device | str = "cpu") -> _Random:
         return super().__new__(cls, "cpu")
 
 
@@ -163,8 +188,10 @@ def pretended_gpu() -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch, _Placed():
             for name, value in found.items():
                 patch.setattr(torch.cuda, name, lambda *args, value=value: value)
-            for name, value in {"Generator": _Stream, "cuda.CUDAGraph": Graph, "cuda.graph": recorded}.items():
-                patch.setattr(f"torch.{name}", value)
+            patch.setattr(torch, "Generator", _Random)
+            of_cuda = {"CUDAGraph": Graph, "graph": recorded, "Stream": Stream, "stream": current, "device": nullcontext}
+            for name, value in (*of_cuda.items(), ("current_stream", lambda device: STREAMS[-1])):
+                patch.setattr(torch.cuda, name, value)
             yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)

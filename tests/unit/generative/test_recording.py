@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from pretended_gpu import Graph, pretended_gpu
+from pretended_gpu import USUAL, Graph, Stream, pretended_gpu
 from torch import Tensor
 
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
@@ -39,7 +39,7 @@ def test_a_recorded_step_does_what_the_step_does(replays: list[Graph]) -> None:
 
             return change
 
-        recorded = Recorded(step("recorded"))
+        recorded = Recorded(step("recorded"), GPU)
         for i in range(8):
             x = torch.arange(3.0, device=GPU) + i
             given.append(x)
@@ -55,17 +55,29 @@ def test_what_is_no_input_stays_as_it_was_recorded(replays: list[Graph]) -> None
     """What the pretended GPU is for: a step that must not be recorded does not seem right."""
     with pretended_gpu():
         total, now = torch.zeros((), device=GPU), [0.0]
-        recorded = Recorded(lambda x: total.add_(now[0] * x.sum()))
+        recorded = Recorded(lambda x: total.add_(now[0] * x.sum()), GPU)
         for i in range(6):
             now[0] = float(i)
             recorded(torch.ones(1, device=GPU))
         assert float(total) == 0 + 1 + 2 + 3 * 3
 
 
+def test_calls_before_a_recording_are_on_its_stream() -> None:
+    with pretended_gpu():
+        seen: list[Stream] = []
+        recorded = Recorded(lambda x: seen.append(torch.cuda.current_stream(GPU)), GPU)
+        for _ in range(EAGER + 2):
+            recorded(torch.ones(1, device=GPU))
+    assert seen == [recorded.stream] * (EAGER + 1)
+    assert recorded.stream.device == GPU
+    assert recorded.stream.waited == [USUAL] * EAGER
+    assert USUAL.waited[-EAGER:] == [recorded.stream] * EAGER
+
+
 def test_a_step_that_cannot_be_recorded_is_done_as_it_is(caplog, replays: list[Graph]) -> None:
     with pretended_gpu(), caplog.at_level(logging.WARNING):
         total = torch.zeros((), device=GPU)
-        recorded = Recorded(lambda x: total.add_(float(x.sum())))
+        recorded = Recorded(lambda x: total.add_(float(x.sum())), GPU)
         for i in range(6):
             recorded(torch.full((2,), float(i), device=GPU))
         assert float(total) == 30

@@ -40,32 +40,42 @@ class InParts(ABC):
 class Recorded:
     """`step`, which changes tensors of a GPU in place, recorded after some calls; as it is where that cannot be done.
 
-    Its inputs are tensors of a GPU, always of the same shapes, and numbers, which a recorded step gets as tensors.
+    Its inputs are tensors of the GPU, always of the same shapes, and numbers, which a recorded step gets as tensors.
     """
 
-    def __init__(self, step: Callable[..., None]) -> None:
-        self.step, self.calls = step, 0
+    def __init__(self, step: Callable[..., None], device: torch.device) -> None:
+        self.step, self.device, self.calls = step, device, 0
+        # Of calls and recording alike: autograd remembers on which stream it saw a parameter first, and libraries prepare each stream.
+        self.stream = torch.cuda.Stream(device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.held: list[Tensor] = []
 
     def __call__(self, *inputs: Input) -> None:
         self.calls += 1
-        if self.calls == EAGER + 1:
-            self._record(inputs)
-        if self.graph is None:
+        with torch.cuda.device(self.device):
+            if self.calls == EAGER + 1:
+                self._record(inputs)
+            if self.graph is None:
+                self._aside(inputs)
+                return
+            for own, given in zip(self.held, inputs, strict=True):
+                own.copy_(given) if isinstance(given, Tensor) else own.fill_(given)
+            self.graph.replay()
+
+    def _aside(self, inputs: tuple[Input, ...]) -> None:
+        """The step on the stream of its own, after all that was asked for before it."""
+        usual = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(usual)
+        with torch.cuda.stream(self.stream):
             self.step(*inputs)
-            return
-        for own, given in zip(self.held, inputs, strict=True):
-            own.copy_(given) if isinstance(given, Tensor) else own.fill_(given)
-        self.graph.replay()
+        usual.wait_stream(self.stream)
 
     def _record(self, inputs: tuple[Input, ...]) -> None:
         """Nothing is computed yet."""
-        device = next(x.device for x in inputs if isinstance(x, Tensor))
-        self.held = [x.clone() if isinstance(x, Tensor) else torch.full((), x, device=device) for x in inputs]
+        self.held = [x.clone() if isinstance(x, Tensor) else torch.full((), x, device=self.device) for x in inputs]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=self.stream):
                 self.step(*self.held)
         except RuntimeError as error:
             logger.warning("training goes on without a CUDA graph, which may be slower: %s", error)

@@ -189,7 +189,11 @@ class Trainer:
         settings = self.optimiser.settings(learning_rate(step, plan.total_steps, plan.learning_rate))
         if self.device.type == "cuda" and plan.cuda_graphs and isinstance(loss, InParts):
             if self.recorded is None:
-                self.recorded = Recorded(lambda *given: self._descend(lambda: loss.value(self.network, *given[3:]), given[:3]))
+
+                def descend(*given: float | Tensor) -> None:
+                    self._descend(lambda: loss.value(self.network, *given[3:]), given[:3])
+
+                self.recorded = Recorded(descend, self.device)
             self.recorded(*settings, *loss.inputs(*batch))
         else:
             self._descend(lambda: loss(self.network, *batch), settings)
