@@ -1,7 +1,7 @@
 """Cost and quality of the generator: this project's protocol against the published design, in one run on one machine.
 
-Run by hand: PYTHONPATH=workflow_scripts python tests/benchmarks/bench_generative.py [threads], one by default: on CPUs the workflow trains
-and samples its models side by side, each on one.
+Run by hand: PYTHONPATH=workflow_scripts python tests/benchmarks/bench_generative.py [threads] [device], one thread of the CPU by default:
+on CPUs the workflow trains and samples its models side by side, each on one. device: as config key run.device.
 Writes results/bench/summary.json and results/bench/growth.png. Seconds per target of the published design are its measured step times x its
 step counts (one autoencoder and one diffusion model per target; 30,000 cells of the target and of each of 5 neighbours at 1000 guided
 steps). Its quality is measured at equal budget: trained for as long as the default protocol took. Quality is that of the ten strongest
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import anndata as ad
@@ -48,9 +49,9 @@ from dbdiffusion.generative.offsets import MeanOffsets, fit_offsets
 from dbdiffusion.generative.training import Plan, Trainer, deterministic
 from dbdiffusion.generative.tuning import CELLS, STRENGTHS, best_strength, trial_errors
 from dbdiffusion.generative.vae import CellTensors, VaeLoss, fit_vae
+from dbdiffusion.runtime.device import resolve_device
 from dbdiffusion.runtime.files import write_json
 
-CPU = torch.device("cpu")
 MODELS, TARGETS, PSEUDO_TARGETS = 3, 20, 40
 """Cross-fit models, targets and pseudo-targets (of all models together) of an outer fold: 60 perturbations in the default 3 folds."""
 REFERENCE_STEPS = {"vae": 200_000, "diffusion": 800_000}
@@ -124,37 +125,49 @@ def means(cells: Cells, names: list[str]) -> np.ndarray:
     return np.array([np.asarray(cells.expression[cells.perturbation == name].mean(axis=0)).ravel() for name in names])
 
 
-def matmul_rate(batch: int, width: int, kind: torch.dtype = torch.float32) -> float:
+def now(device: torch.device) -> float:
+    """Seconds, when all that was asked for is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def matmul_rate(batch: int, width: int, device: torch.device, kind: torch.dtype = torch.float32) -> float:
     """Floating-point operations a second of (batch, width) x (width, width)."""
-    a, b = torch.randn(batch, width).to(kind), torch.randn(width, width).to(kind)
+    a, b = torch.randn(batch, width).to(kind).to(device), torch.randn(width, width).to(kind).to(device)
     for _ in range(20):
         a @ b
-    began, n = time.perf_counter(), 100
+    began, n = now(device), 100
     for _ in range(n):
         a @ b
-    return 2 * batch * width**2 * n / (time.perf_counter() - began)
+    return 2 * batch * width**2 * n / (now(device) - began)
 
 
-def training_rate(network: torch.nn.Module, loss, config: VaeConfig | DiffusionConfig, width: int, cells: int, rounds: int) -> Rate:
+def training_rate(
+    network: torch.nn.Module, loss, config: VaeConfig | DiffusionConfig, width: int, cells: int, rounds: int, device: torch.device
+) -> Rate:
     """Steps of a training on `cells` cells, validation apart, and products in turns: medians over rounds."""
     more = {"ema": config.ema} if isinstance(config, DiffusionConfig) else {}
-    plan = Plan.of(config, "bench", 1, np.arange(cells), CPU, **more)
-    trainer, network = Trainer(network, plan, CPU, None), network.train()
-    flops, found = step_flops(loss, network, plan.batch), []
+    plan = Plan.of(config, "bench", 1, np.arange(cells), device, **more)
+    trainer, network = Trainer(network, plan, device, None), network.train()
+    flops, found = step_flops(loss, network, plan.batch, device), []
     with deterministic():
         for turn in range(rounds + 1):
-            began, n = time.perf_counter(), 40
+            began, n = now(device), 40
             for _ in range(n):
                 trainer.advance(loss)
-            steps = n / (time.perf_counter() - began)
-            rates = [matmul_rate(plan.batch, width, kind) for kind in (torch.float32, plan.autocast or torch.float32)]
+            steps = n / (now(device) - began)
+            rates = [matmul_rate(plan.batch, width, device, kind) for kind in (torch.float32, plan.autocast or torch.float32)]
             if turn:  # The first one warms up.
                 found.append((steps, *(flops * steps / rate for rate in rates)))
     return Rate(*np.median(found, axis=0).tolist(), "fp32" if plan.autocast is None else "bf16")
 
 
-def peak_memory() -> float:
-    """GiB. Where the system tells it, of this process alone: what getrusage says, a spawned process takes over from its parent."""
+def peak_memory(device: torch.device) -> float:
+    """GiB, of the GPU, or of the process. Where the system tells it, of this process alone: what getrusage says, a spawned process takes
+    over from its parent."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 2**20
@@ -163,15 +176,15 @@ def peak_memory() -> float:
 
 def sampling_rate(generator: Generator, conditions: np.ndarray, guidance: float) -> float:
     """Cells sampled and decoded a second, of conditions (R, dimensions)."""
-    began = time.perf_counter()
+    began = now(generator.device)
     made = sum(len(sample.expected) for sample in generator.sampled(conditions, guidance))
-    return made / (time.perf_counter() - began)
+    return made / (now(generator.device) - began)
 
 
-def step_flops(loss, network, batch: int) -> float:
+def step_flops(loss, network, batch: int, device: torch.device) -> float:
     """Operations of one training step, counted by torch."""
     with FlopCounterMode(display=False) as counter:
-        loss(network, torch.arange(batch), torch.Generator().manual_seed(0), 1.0).backward()
+        loss(network, torch.arange(batch, device=device), torch.Generator(device).manual_seed(0), 1.0).backward()
     return float(counter.get_total_flops())
 
 
@@ -222,7 +235,7 @@ class Judge:
         """Cells of the strongest, and their effects against generated control cells."""
         level = next(iter(generator.sampled(embedding[:1], 0.0))).mean
         found = list(generator.sampled(embedding[self.strongest], guidance))
-        return [sample.drawn.numpy() for sample in found], np.array([sample.mean for sample in found]) - level
+        return [sample.drawn.cpu().numpy() for sample in found], np.array([sample.mean for sample in found]) - level
 
     def quality(self, generator: Generator, known: Conditions, guidance: float | str) -> dict[str, float]:
         """Slope and correlation of generated on true effects, and the two-sample scores."""
@@ -254,6 +267,7 @@ def run(
     train: Cells,
     held: Cells | None,
     steps: bool,
+    device: torch.device,
     rounds: int = ROUNDS,
 ) -> Result:
     """Train, generate and measure; quality where held-out cells are given, by sampling steps too where asked."""
@@ -265,20 +279,20 @@ def run(
     graded, placed = diffusion.uncertain_conditions, embedding.shape[1]
     values = np.column_stack([embedding, np.ones(len(names))]) if graded else embedding
     known = Conditions(pd.Index(names), np.array([""] * len(names)), values, placed, graded)
-    doubt = known.doubt(CPU)
+    doubt = known.doubt(device)
     # Loops are compiled, which a machine does once, before the clock starts.
     few = {"max_steps": 2, "patience": 0}
-    fit_vae(train, vae.model_copy(update=few), device=CPU, seed=1)
-    network, first = fit_vae(train, vae, device=CPU, seed=1)
-    data = CellTensors.make(train, network.counts, CPU)
+    fit_vae(train, vae.model_copy(update=few), device=device, seed=1)
+    network, first = fit_vae(train, vae, device=device, seed=1)
+    data = CellTensors.make(train, network.counts, device)
     label = pd.Index(names).get_indexer(train.perturbation)
     latents = latents_of(network, data, label, known.values, diffusion.standardise_latent)
-    fit_denoiser(latents, diffusion.model_copy(update=few), device=CPU, seed=1, doubt=doubt)
-    denoiser, second = fit_denoiser(latents, diffusion, device=CPU, seed=1, doubt=doubt)
+    fit_denoiser(latents, diffusion.model_copy(update=few), device=device, seed=1, doubt=doubt)
+    denoiser, second = fit_denoiser(latents, diffusion, device=device, seed=1, doubt=doubt)
     offsets = MeanOffsets.none(known.values.shape[1], network.genes)
     if diffusion.mean_offsets:
         offsets = fit_offsets(network, data, latents, 1, placed)
-    objective = Objective.make(diffusion, CPU)
+    objective = Objective.make(diffusion, device)
     schedule = sampling_schedule(diffusion, generation.sampler, generation.steps)
     generator = Generator(network, denoiser, offsets, objective, schedule, generation, 1)
     fifty = replace(generator, schedule=sampling_schedule(diffusion, generation.sampler, 50))
@@ -290,11 +304,10 @@ def run(
     quality = judge.quality(generator, known, generation.guidance) if judge else {}
     by_steps = judge.by_steps(generator, diffusion, known) if judge and steps else {}
     # Last, for it trains on.
+    losses = VaeLoss(data, vae), DiffusionLoss(latents, objective, diffusion.label_dropout, doubt)
     rates = (
-        training_rate(network, VaeLoss(data, vae), vae, vae.hidden[0], len(train), rounds),
-        training_rate(
-            denoiser, DiffusionLoss(latents, objective, diffusion.label_dropout, doubt), diffusion, diffusion.widths[0], len(train), rounds
-        ),
+        training_rate(network, losses[0], vae, vae.hidden[0], len(train), rounds, device),
+        training_rate(denoiser, losses[1], diffusion, diffusion.widths[0], len(train), rounds, device),
     )
     return Result(first.seconds, second.seconds, *rates, guided, unguided, quality, by_steps)
 
@@ -312,13 +325,13 @@ def fold_seconds(made: Result) -> float:
     return MODELS * (made.vae_seconds + made.diffusion_seconds) + trials + sampled
 
 
-def grown(sizes: dict[str, int]) -> dict[str, float]:
+def grown(sizes: dict[str, int], device: torch.device) -> dict[str, float]:
     """Seconds of an epoch of both trainings and of sampling 1000 guided cells, and peak memory, of a screen of these sizes."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         train, _ = screen(Path(folder), **sizes)
     short = {"max_epochs": GROWTH_EPOCHS, "patience": 0}
-    result = run(VaeConfig(**short), DiffusionConfig(**short), GenerationConfig(), train, None, False, rounds=1)
+    result = run(VaeConfig(**short), DiffusionConfig(**short), GenerationConfig(), train, None, False, device, rounds=1)
     return {
         "cells": len(train),
         "genes": len(train.genes),
@@ -326,17 +339,17 @@ def grown(sizes: dict[str, int]) -> dict[str, float]:
         "vae_epoch_seconds": result.vae_seconds / GROWTH_EPOCHS,
         "diffusion_epoch_seconds": result.diffusion_seconds / GROWTH_EPOCHS,
         "thousand_cells_seconds": 1000 / result.cells_per_second,
-        "peak_memory_gb": peak_memory(),
+        "peak_memory_gb": peak_memory(device),
     }
 
 
-def growth() -> dict[str, list[dict[str, float]]]:
+def growth(device: torch.device) -> dict[str, list[dict[str, float]]]:
     """Cost by size, one size at a time, the others those of the default screen (`SIZES`)."""
     out = {}
     for name, sizes in SIZES.items():
         # A process for each size: the peak of memory never falls within one.
         with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            out[name] = pool.map(grown, sizes, chunksize=1)
+            out[name] = pool.map(partial(grown, device=device), sizes, chunksize=1)
     return out
 
 
@@ -368,27 +381,30 @@ def draw_growth(found: dict[str, list[dict[str, float]]], folder: Path) -> None:
         style.letter_panels(list(axes.flat))
 
 
-def main(threads: int = 1) -> None:
-    torch.set_num_threads(threads)
+def main(threads: str = "1", where: str = "cpu") -> None:
+    torch.set_num_threads(int(threads))
+    device = resolve_device(where)
     with tempfile.TemporaryDirectory() as folder:
         train, held = screen(Path(folder))
-    ours = run(VaeConfig(), DiffusionConfig(), GenerationConfig(), train, held, True)
+    ours = run(VaeConfig(), DiffusionConfig(), GenerationConfig(), train, held, True, device)
     # The same in single precision, where products are not, to compare.
     single = {"precision": "fp32"}
     plain = (
         ours
         if ours.vae.precision == "fp32"
-        else run(VaeConfig(**single), DiffusionConfig(**single), GenerationConfig(), train, held, False)
+        else run(VaeConfig(**single), DiffusionConfig(**single), GenerationConfig(), train, held, False, device)
     )
     vae, diffusion, generation = REFERENCE
     # Equal budget: as many steps as the default's seconds allow, at the published design's own speed.
-    probe = run(vae.model_copy(update={"max_steps": 20}), diffusion.model_copy(update={"max_steps": 20}), generation, train, None, False)
+    probe = run(
+        vae.model_copy(update={"max_steps": 20}), diffusion.model_copy(update={"max_steps": 20}), generation, train, None, False, device
+    )
     steps = (
         max(20, int(ours.vae_seconds * probe.vae.steps_per_second)),
         max(20, int(ours.diffusion_seconds * probe.diffusion.steps_per_second)),
     )
     vae, diffusion = vae.model_copy(update={"max_steps": steps[0]}), diffusion.model_copy(update={"max_steps": steps[1]})
-    reference = run(vae, diffusion, generation, train, held, False)
+    reference = run(vae, diffusion, generation, train, held, False, device)
     ours_seconds = fold_seconds(ours) / TARGETS
     reference_seconds = (
         REFERENCE_STEPS["vae"] / reference.vae.steps_per_second
@@ -408,8 +424,8 @@ def main(threads: int = 1) -> None:
         "vae_steps_per_second": ours.vae.steps_per_second,
         "sample_cells_per_second": ours.cells_per_second,
         "sample_unguided_cells_per_second": ours.unguided_cells_per_second,
-        "peak_memory_gb": peak_memory(),
-        "device": f"cpu, {threads} thread(s)",
+        "peak_memory_gb": peak_memory(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} thread(s)",
         "quality_crossfit": ours.quality,
         "quality_single_precision": plain.quality,
         "single_precision": {"vae": asdict(plain.vae), "diffusion": asdict(plain.diffusion)},
@@ -424,11 +440,11 @@ def main(threads: int = 1) -> None:
     folder = Path("results/bench")
     # Written before the longest part, whose failure loses nothing then.
     write_json(folder / "summary.json", summary)
-    summary["growth"] = growth()
+    summary["growth"] = growth(device)
     write_json(folder / "summary.json", summary)
     draw_growth(summary["growth"], folder)
     print(json.dumps(summary, indent=1))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*sys.argv[1:])
