@@ -19,9 +19,10 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
 GPU = torch.device("cuda:0")
-
-
-LOOKS = (Tensor.__float__, Tensor.__bool__, Tensor.__int__)
+NEVER_RECORDED = ("aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::masked_select")
+"""Operations that wait for the GPU."""
+FROM_PYTHON = (torch.tensor, torch.as_tensor, torch.from_numpy, Tensor.to, Tensor.cuda)
+"""What brings values from the CPU's memory."""
 RECORDED: list[Graph] = []
 """The graph that is recorded, if any."""
 
@@ -92,6 +93,11 @@ def _done(func: Any, args: tuple, kwargs: dict) -> Any:
     return RECORDED[-1].note(func, args, kwargs) if RECORDED else func(*args, **kwargs)
 
 
+def _permitted(this: bool) -> None:
+    if not this:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+
 class OnGpu(Tensor):
     """held: the same on the CPU. To torch's own code it is of the CPU, which alone it has."""
 
@@ -121,9 +127,8 @@ class OnGpu(Tensor):
         if func in (Tensor.numpy, Tensor.__array__):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
         where = [x for x in (*args[1:], kwargs.get("device")) if isinstance(x, (torch.device, str))]
-        if RECORDED and (func in (Tensor.cpu, Tensor.item, Tensor.tolist) or func in LOOKS):
-            raise RuntimeError("operation not permitted when stream is capturing")
         if func is Tensor.cpu or (func is Tensor.to and torch.device("cpu") in where):
+            _permitted(not RECORDED)
             return args[0].held.clone()
         if where:
             cpu = torch.device("cpu")
@@ -137,6 +142,9 @@ class OnGpu(Tensor):
         others = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and not isinstance(x, cls) and x.dim()]
         if others and name != "aten::copy_":
             raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu, in {name}")
+        masks = name in ("aten::index", "aten::index_put") and any(x is not None and x.dtype == torch.bool for x in args[1])
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        _permitted(not RECORDED or not (others or masks or drawn or name in NEVER_RECORDED))
         given, named = tree_map(lambda x: x.held if isinstance(x, cls) else x, (args, kwargs))
         found = _done(func, given, named)
         if name == "aten::copy_" and not isinstance(args[0], cls):
@@ -157,8 +165,7 @@ class _Placed(TorchFunctionMode):
         args = tuple(torch.device("cpu") if isinstance(x, torch.device) else x for x in args)
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
-        if RECORDED and kwargs.get("generator") is not None:
-            raise RuntimeError("a random stream that was not registered with the graph")
+        _permitted(not RECORDED or (func not in FROM_PYTHON and kwargs.get("generator") is None))
         made = _done(lambda *args, **kwargs: _own(func(*args, **kwargs)), args, kwargs)
         return OnGpu(made) if isinstance(made, Tensor) else made
 

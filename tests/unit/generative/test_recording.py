@@ -74,13 +74,34 @@ def test_calls_before_a_recording_are_on_its_stream() -> None:
     assert USUAL.waited[-EAGER:] == [recorded.stream] * EAGER
 
 
-def test_a_step_that_cannot_be_recorded_is_done_as_it_is(caplog, replays: list[Graph]) -> None:
+CANNOT = {
+    "a look": lambda x: float(x.sum()),
+    "a decision": lambda x: 1.0 if x[0] > -1 else 2.0,
+    "a copy to the CPU": lambda x: x.cpu().sum().to(GPU),
+    "Python's numbers": lambda x: torch.tensor([1.0, 0.0], device=GPU) * x,
+    "the CPU's memory": lambda x: torch.zeros(2, device=GPU).copy_(torch.ones(2)) * x,
+    "a mask": lambda x: x[x > 0],
+    "what is there": lambda x: x.unique(),
+    "a random stream": lambda x: x * torch.rand(2, generator=torch.Generator(GPU), device=GPU),
+    "random numbers": lambda x: x * torch.rand_like(x),
+}
+
+
+@pytest.mark.parametrize("what", CANNOT)
+def test_a_step_that_cannot_be_recorded_is_done_as_it_is(caplog, replays: list[Graph], what: str) -> None:
     with pretended_gpu(), caplog.at_level(logging.WARNING):
+        calls = []
         total = torch.zeros((), device=GPU)
-        recorded = Recorded(lambda x: total.add_(float(x.sum())), GPU)
+
+        def step(x: Tensor) -> None:
+            total.add_(0 * torch.as_tensor(CANNOT[what](x)).sum() + x.sum())
+            calls.append(1)
+
+        recorded = Recorded(step, GPU)
         for i in range(6):
             recorded(torch.full((2,), float(i), device=GPU))
         assert float(total) == 30
+    assert len(calls) == 6
     assert not replays
     assert [record.message for record in caplog.records] == [
         "training goes on without a CUDA graph, which may be slower: operation not permitted when stream is capturing"
