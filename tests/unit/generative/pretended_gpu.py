@@ -69,20 +69,22 @@ STREAMS = [USUAL]
 
 @contextmanager
 def current(stream: Stream) -> Iterator[None]:
+    before = len(STREAMS)
     STREAMS.append(stream)
     try:
         yield
     finally:
-        STREAMS.pop()
+        del STREAMS[before:]
 
 
 @contextmanager
 def recorded(graph: Graph, stream: Stream) -> Iterator[None]:
-    """Nothing is done within the block."""
+    """Nothing is done within the block. As torch's, which does not leave the stream where recording failed."""
     RECORDED.append(graph)
+    STREAMS.append(stream)
     try:
-        with current(stream):
-            yield
+        yield
+        STREAMS.pop()
     finally:
         RECORDED.pop()
         for whole, values in graph.before.values():

@@ -100,6 +100,7 @@ def test_a_step_that_cannot_be_recorded_is_done_as_it_is(caplog, replays: list[G
         recorded = Recorded(step, GPU)
         for i in range(6):
             recorded(torch.full((2,), float(i), device=GPU))
+            assert torch.cuda.current_stream(GPU) is USUAL
         assert float(total) == 30
     assert len(calls) == 6
     assert not replays

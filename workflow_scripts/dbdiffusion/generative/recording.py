@@ -75,7 +75,8 @@ class Recorded:
         self.held = [x.clone() if isinstance(x, Tensor) else torch.full((), x, device=self.device) for x in inputs]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            # The outer one, for a recording that fails does not leave its stream.
+            with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(graph, stream=self.stream):
                 self.step(*self.held)
         except RuntimeError as error:
             logger.warning("training goes on without a CUDA graph, which may be slower: %s", error)
