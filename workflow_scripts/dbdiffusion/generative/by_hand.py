@@ -163,7 +163,7 @@ def value_and_gradients(
 ) -> tuple[Tensor, Sequence[Tensor]]:
     """A loss of the network and its gradients with regard to parameters, as torch.autograd.grad has them.
 
-    Of a loss by hand they come straight from its step: with a graph the same takes some 7 % of a training step longer. It has to be all of
+    Of a loss by hand they come straight from its step: with a graph the same takes some 5 % of a training step longer. It has to be all of
     the loss: raises RuntimeError where it is a part.
     """
     if not isinstance(network, ByHand):
