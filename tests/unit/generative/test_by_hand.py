@@ -187,6 +187,18 @@ def test_parameters_that_moved_are_followed(case: tuple[ByHand, Loss]) -> None:
     assert after == loss(copy.deepcopy(network), 1, 20)
 
 
+def test_places_of_gradients_that_moved_are_followed(case: tuple[ByHand, Loss]) -> None:
+    network, loss = copy.deepcopy(case[0]), case[1]
+    optimiser = AdamW(list(network.parameters()), 0.0, 1.0)
+    first = value_and_gradients(network, lambda: loss(network, 1, 20), optimiser.parameters)[1]
+    for p in optimiser.parameters:
+        p.gradient_place = torch.full_like(p, 7.0)
+    second = value_and_gradients(network, lambda: loss(network, 1, 20), optimiser.parameters)[1]
+    for p, one, other in zip(optimiser.parameters, first, second, strict=True):
+        assert other.data_ptr() == p.gradient_place.data_ptr()
+        assert torch.equal(one, other)
+
+
 def test_the_step_is_let_go_with_training(case: tuple[ByHand, Loss]) -> None:
     network, loss = case
     loss(network, 1, 20)

@@ -85,6 +85,18 @@ def test_timesteps_are_one_in_each_stratum(monkeypatch, loop: bool) -> None:
         assert ((t >= low.floor()) & (t <= (low + 70 / n).ceil()) & (t < 70)).all()
 
 
+@pytest.mark.parametrize("loop", [True, False])
+def test_a_stratum_that_rounds_up_is_the_last_timestep(monkeypatch, loop: bool) -> None:
+    """255 and the largest number below 1 are 256 in single precision."""
+    monkeypatch.setattr(diffusion, "fused", lambda *tensors: loop)
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.full(size, 1 - 2.0**-24))
+    objective = Objective.make(DiffusionConfig(), CPU)
+    latents = Latents(torch.zeros(256, 2), torch.ones(256, 2), torch.zeros(256, dtype=torch.long), torch.zeros(3, 2))
+    made = objective.noised(latents, torch.arange(256), torch.Generator().manual_seed(0), 0.0)
+    assert int(made.t.max()) == 999
+    assert torch.isfinite(made.y).all()
+
+
 def test_min_snr_weights_are_one_weight_on_the_x0_loss() -> None:
     """The same error in x0, seen through any prediction, weighs min(SNR, gamma)."""
     t, gap, weighted = torch.tensor([1, 50, 300, 900]), 0.1, {}

@@ -137,3 +137,9 @@ def test_matrix_made_batch_by_batch_is_the_dense_one(toy) -> None:
     dense, sparse = Matrix(toy.counts, CPU), Matrix(toy.counts, CPU, dense_limit=0)
     assert torch.equal(dense[rows], sparse[rows])
     assert torch.equal(dense[rows], torch.from_numpy(toy.counts.toarray())[rows])
+
+
+def test_a_latent_has_no_more_dimensions_than_there_are_genes(toy) -> None:
+    network, fitted = fit_vae(toy, small(latent=64, max_steps=2), device=CPU, seed=0)
+    assert network.latent == len(toy.genes) == 30
+    assert math.isfinite(fitted.history[-1]["train"])

@@ -178,6 +178,5 @@ def value_and_gradients(
         return value.detach(), torch.autograd.grad(value, parameters)
     if len(bare) > 1 or value is not bare[0]:
         raise RuntimeError("a loss by hand was made a part of another, whose gradients it does not know")
-    network.losses += 1
     network._step.backward()
     return value, [network._step.grads[parameter] for parameter in parameters]
