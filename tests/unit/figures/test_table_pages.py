@@ -130,9 +130,20 @@ def test_the_page_says_how_many_calls_there_are_and_what_would_be(made, tmp_path
     none = own.assign(q_selection=q, call=np.where(tested, "none", "no_call"))
     text = tables_html.calls_in_words(none, "stacked", 0.1)
     assert (
-        text == f"No gene is called: the smallest q is {np.nanmin(q):.1%}. With inference.q: 0.2 there would be {(q <= 0.2).sum()} calls."
+        text == f"No gene is called: the smallest q is {np.nanmin(q):.1%}. {(q <= 0.2).sum()} have a q of at most 0.2 (inference.q: 0.2)."
     )
     # Without calls, targets of the best evidence come first.
     shown = tables_html.top_calls(none, "stacked", per_target=1)
     assert shown["q (selection)"].dropna().is_monotonic_increasing
+    assert tables_html.calls_in_words(none, "stacked", 0.5) == f"No gene is called: the smallest q is {np.nanmin(q):.1%}."
     assert tables_html.calls_in_words(none.assign(call="no_call"), "stacked", 0.1) == "No target could be tested."
+
+
+def test_targets_of_most_calls_come_before_those_of_better_ones(made):
+    de = contracts.DE.read(made.root / "de.parquet")
+    own = de[(de["method"].astype(str) == "stacked") & de["target"].astype(str).isin(made.targets[:2])].copy()
+    first, second = (np.flatnonzero(own["target"].astype(str) == t) for t in made.targets[:2])
+    calls, q = np.full(len(own), "none", dtype=object), np.full(len(own), 0.5)
+    calls[[*first[:1], *second[:2]]], q[first[:1]], q[second[:2]] = "up", 0.01, 0.05
+    shown = tables_html.top_calls(own.assign(call=calls, q_selection=q), "stacked", per_target=1)
+    assert shown["target"].tolist() == [made.targets[1], made.targets[0]]

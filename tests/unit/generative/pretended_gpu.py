@@ -2,13 +2,15 @@
 
 What torch would refuse on a machine with a GPU (tensors on two devices, a tensor there as numpy) is refused here, so that the way of a
 training or sampling through a GPU can be followed on machines without one. Random streams are the CPU's. CUDA graphs are there too: what
-is recorded is not done, a replay repeats it on the same memory, and numbers that Python has looked at stay what they were.
+is recorded is not done, a replay repeats it on the same memory, and numbers that Python has looked at stay what they were. What it does
+not show: autocast on a GPU (training is in single precision here), what streams do at the same time, and memory that a failed recording
+keeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -67,6 +69,19 @@ STREAMS = [USUAL]
 """The current one is the last."""
 
 
+DEVICES: list[torch.device] = []
+"""The current one is the last."""
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    DEVICES.append(device)
+    try:
+        yield
+    finally:
+        DEVICES.pop()
+
+
 @contextmanager
 def current(stream: Stream) -> Iterator[None]:
     before = len(STREAMS)
@@ -79,12 +94,14 @@ def current(stream: Stream) -> Iterator[None]:
 
 @contextmanager
 def recorded(graph: Graph, stream: Stream) -> Iterator[None]:
-    """Nothing is done within the block. As torch's, which does not leave the stream where recording failed."""
+    """Nothing is done within the block. As torch's, where recording failed its end fails too, and the stream is not left."""
     RECORDED.append(graph)
     STREAMS.append(stream)
     try:
         yield
         STREAMS.pop()
+    except RuntimeError as error:
+        raise RuntimeError("operation failed due to a previous error during capture\nFor debugging consider more.") from error
     finally:
         RECORDED.pop()
         for whole, values in graph.before.values():
@@ -198,7 +215,7 @@ def pretended_gpu() -> Iterator[None]:
             for name, value in found.items():
                 patch.setattr(torch.cuda, name, lambda *args, value=value: value)
             patch.setattr(torch, "Generator", _Random)
-            of_cuda = {"CUDAGraph": Graph, "graph": recorded, "Stream": Stream, "stream": current, "device": nullcontext}
+            of_cuda = {"CUDAGraph": Graph, "graph": recorded, "Stream": Stream, "stream": current, "device": on_device}
             for name, value in (*of_cuda.items(), ("current_stream", lambda device: STREAMS[-1])):
                 patch.setattr(torch.cuda, name, value)
             yield

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
-from pretended_gpu import USUAL, Graph, Stream, pretended_gpu
+from pretended_gpu import DEVICES, USUAL, Graph, pretended_gpu
 from torch import Tensor
 
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
@@ -14,7 +16,7 @@ from dbdiffusion.generative.cells import DENSE_LIMIT, Cells, Matrix
 from dbdiffusion.generative.diffusion import fit_denoiser
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.recording import EAGER, Recorded
-from dbdiffusion.generative.training import Fitted
+from dbdiffusion.generative.training import Fitted, Trainer
 from dbdiffusion.generative.vae import fit_vae
 
 GPU = torch.device("cuda:0")
@@ -64,12 +66,12 @@ def test_what_is_no_input_stays_as_it_was_recorded(replays: list[Graph]) -> None
 
 def test_calls_before_a_recording_are_on_its_stream() -> None:
     with pretended_gpu():
-        seen: list[Stream] = []
-        recorded = Recorded(lambda x: seen.append(torch.cuda.current_stream(GPU)), GPU)
+        seen, devices = [], []
+        recorded = Recorded(lambda x: (seen.append(torch.cuda.current_stream(GPU)), devices.append(DEVICES[-1])), GPU)
         for _ in range(EAGER + 2):
             recorded(torch.ones(1, device=GPU))
     assert seen == [recorded.stream] * (EAGER + 1)
-    assert recorded.stream.device == GPU
+    assert {*devices, recorded.stream.device} == {GPU}
     assert recorded.stream.waited == [USUAL] * EAGER
     assert USUAL.waited[-EAGER:] == [recorded.stream] * EAGER
 
@@ -105,8 +107,30 @@ def test_a_step_that_cannot_be_recorded_is_done_as_it_is(caplog, replays: list[G
     assert len(calls) == 6
     assert not replays
     assert [record.message for record in caplog.records] == [
-        "training goes on without a CUDA graph, which may be slower: operation not permitted when stream is capturing"
+        "training goes on without a CUDA graph (set cuda_graphs to false to be rid of this): "
+        "operation not permitted when stream is capturing"
     ]
+
+
+def test_inputs_of_other_shapes_are_refused() -> None:
+    with pretended_gpu():
+        recorded = Recorded(lambda x: None, GPU)
+        recorded(torch.ones(3, device=GPU))
+        with pytest.raises(ValueError, match=r"shape \(1,\), \(3,\) before"):
+            recorded(torch.ones(1, device=GPU))
+
+
+def test_nothing_is_kept_after_a_training(monkeypatch, toy: Cells) -> None:
+    trainers: list[weakref.ref] = []
+    rows = Trainer.rows
+    monkeypatch.setattr(Trainer, "rows", lambda self, step: (trainers.append(weakref.ref(self)), rows(self, step))[1])
+    gc.disable()
+    try:
+        with pretended_gpu():
+            assert autoencoder(toy, precision="fp32", cuda_graphs=True).recorded
+        assert trainers[0]() is None
+    finally:
+        gc.enable()
 
 
 def autoencoder(cells: Cells, **config) -> Fitted:
@@ -158,6 +182,6 @@ def test_cells_that_are_not_held_on_the_gpu(monkeypatch, toy: Cells, replays: li
         monkeypatch.setattr(Matrix.__init__, "__defaults__", (limit,))
         assert (Matrix(toy.counts, torch.device("cpu"))._dense is None) == (limit == 0)
         with pretended_gpu():
-            made.append(autoencoder(toy, precision="fp32"))
+            made.append(autoencoder(toy, precision="fp32", cuda_graphs=True))
     assert len(replays) == 2 * (12 - EAGER)
     assert_same(*made)

@@ -236,7 +236,9 @@ GPU_WAYS = {
 
 @pytest.mark.parametrize("way", GPU_WAYS)
 def test_a_gpu_is_gone_through_and_gives_what_the_cpu_does(screen, tmp_path: Path, monkeypatch, way: str) -> None:
-    vae, diffusion = (getattr(screen, name).model_copy(update={"precision": "fp32", **keys}) for name, keys in GPU_WAYS[way].items())
+    vae, diffusion = (
+        getattr(screen, name).model_copy(update={"precision": "fp32", "cuda_graphs": True, **keys}) for name, keys in GPU_WAYS[way].items()
+    )
     asked = replace(screen, vae=vae, diffusion=diffusion)
     for name in ("conditions", "denoiser", "diffusion", "optimiser", "vae"):
         monkeypatch.setattr(f"dbdiffusion.generative.{name}.fused", lambda *tensors: False)
@@ -258,7 +260,7 @@ def test_a_gpu_is_gone_through_and_gives_what_the_cpu_does(screen, tmp_path: Pat
 
 def test_a_training_on_a_gpu_resumes(screen, tmp_path: Path) -> None:
     common = {"cells": screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": "0"}
-    config, made = screen.vae.model_copy(update={"checkpoint_seconds": 0.0}), []
+    config, made = screen.vae.model_copy(update={"checkpoint_seconds": 0.0, "cuda_graphs": True}), []
     save, saves = Trainer.save, []
 
     def killed(self: Trainer) -> None:

@@ -48,8 +48,9 @@ class VaeConfig(Block):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of products in training. auto: bf16 on GPUs and CPUs that multiply it (avx512_bf16, amx_bf16), else fp32; results then depend on the
     machine as they do on the device, which fp32 avoids."""
-    cuda_graphs: bool = True
-    """On a GPU, record the training step once and replay it; where that cannot be done, training goes on without."""
+    cuda_graphs: bool = False
+    """On a GPU, record the training step once as a CUDA graph and replay it; where that cannot be done, training goes on without. Not yet
+    tried on a GPU."""
     checkpoint_seconds: float = Field(60.0, gt=0)
     """A killed training resumes from its last checkpoint."""
 
@@ -99,8 +100,9 @@ class DiffusionConfig(Block):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Of products in training. auto: bf16 on GPUs and CPUs that multiply it (avx512_bf16, amx_bf16), else fp32; results then depend on the
     machine as they do on the device, which fp32 avoids."""
-    cuda_graphs: bool = True
-    """On a GPU, record the training step once and replay it; where that cannot be done, training goes on without."""
+    cuda_graphs: bool = False
+    """On a GPU, record the training step once as a CUDA graph and replay it; where that cannot be done, training goes on without. Not yet
+    tried on a GPU."""
     checkpoint_seconds: float = Field(60.0, gt=0)
     """A killed training resumes from its last checkpoint."""
 

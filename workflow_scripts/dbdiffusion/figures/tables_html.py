@@ -172,7 +172,7 @@ def top_calls(de: pd.DataFrame, method: str, per_target: int) -> pd.DataFrame:
 
 
 def calls_in_words(de: pd.DataFrame, method: str, q: float) -> str:
-    """How many genes `method` calls at q; where none, how small its q gets and what is called at twice the q."""
+    """How many genes `method` calls at q; where none, how small its q gets and how many are within twice the q."""
     rows = de[de["method"].astype(str) == method]
     called = rows["call"].astype(str).isin(["up", "down"])
     if called.any():
@@ -180,8 +180,8 @@ def calls_in_words(de: pd.DataFrame, method: str, q: float) -> str:
     found = rows["q_selection"].fillna(rows["q_t"])[rows["call"].astype(str) == "none"]
     if found.empty:
         return "No target could be tested."
-    wider, more = f"inference.q: {2 * q:g}", int((found <= 2 * q).sum())
-    return f"No gene is called: the smallest q is {found.min():.1%}. With {wider} there would be {more:,} calls."
+    text = f"No gene is called: the smallest q is {found.min():.1%}."
+    return text if 2 * q >= 1 else f"{text} {int((found <= 2 * q).sum()):,} have a q of at most {2 * q:g} (inference.q: {2 * q:g})."
 
 
 SCORE_COLUMNS = {

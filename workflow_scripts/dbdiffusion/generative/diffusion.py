@@ -156,7 +156,7 @@ def fit_denoiser(
     objective = Objective.make(config, device)
     train, held = split_rows(len(latents.mean), config.validation_share, derive_seed(seed, "diffusion"))
     plan = Plan.of(config, "diffusion", seed, train, device, ema=config.ema, validations=40)
-    settings = code_hash(__file__), config.model_dump(), str(plan.autocast), seed
+    settings = code_hash(__file__), config.model_dump(exclude={"cuda_graphs"}), str(plan.autocast), seed
     seen = latents.mean, latents.deviation, latents.label, latents.conditions, *(vars(doubt).values() if doubt else ())
     key = checkpoint.digest(*settings, *seen)
     fitted = fit(

@@ -38,9 +38,10 @@ class InParts(ABC):
 
 
 class Recorded:
-    """`step`, which changes tensors of a GPU in place, recorded after some calls; as it is where that cannot be done.
+    """`step`, which changes tensors of a GPU in place, recorded after some calls; as it is where that cannot be done, in a process whose
+    unused memory torch may not be able to free any more.
 
-    Its inputs are tensors of the GPU, always of the same shapes, and numbers, which a recorded step gets as tensors.
+    Its inputs are tensors of the GPU, always of the same shapes, and numbers, which the step gets as tensors.
     """
 
     def __init__(self, step: Callable[..., None], device: torch.device) -> None:
@@ -53,32 +54,45 @@ class Recorded:
     def __call__(self, *inputs: Input) -> None:
         self.calls += 1
         with torch.cuda.device(self.device):
+            self._hold(inputs)
             if self.calls == EAGER + 1:
-                self._record(inputs)
+                self._record()
             if self.graph is None:
-                self._aside(inputs)
-                return
-            for own, given in zip(self.held, inputs, strict=True):
-                own.copy_(given) if isinstance(given, Tensor) else own.fill_(given)
-            self.graph.replay()
+                self._aside()
+            else:
+                self.graph.replay()
 
-    def _aside(self, inputs: tuple[Input, ...]) -> None:
+    def _hold(self, inputs: tuple[Input, ...]) -> None:
+        """Inputs in the memory that is recorded."""
+        if not self.held:
+            self.held = [x.clone() if isinstance(x, Tensor) else torch.full((), x, device=self.device) for x in inputs]
+            return
+        for own, given in zip(self.held, inputs, strict=True):
+            if not isinstance(given, Tensor):
+                own.fill_(given)
+            elif own.shape == given.shape:
+                own.copy_(given)
+            else:
+                raise ValueError(f"an input of shape {tuple(given.shape)}, {tuple(own.shape)} before")
+
+    def _aside(self) -> None:
         """The step on the stream of its own, after all that was asked for before it."""
         usual = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(usual)
         with torch.cuda.stream(self.stream):
-            self.step(*inputs)
+            self.step(*self.held)
         usual.wait_stream(self.stream)
 
-    def _record(self, inputs: tuple[Input, ...]) -> None:
+    def _record(self) -> None:
         """Nothing is computed yet."""
-        self.held = [x.clone() if isinstance(x, Tensor) else torch.full((), x, device=self.device) for x in inputs]
         graph = torch.cuda.CUDAGraph()
         try:
             # The outer one, for a recording that fails does not leave its stream.
             with torch.cuda.stream(torch.cuda.current_stream(self.device)), torch.cuda.graph(graph, stream=self.stream):
                 self.step(*self.held)
         except RuntimeError as error:
-            logger.warning("training goes on without a CUDA graph, which may be slower: %s", error)
+            # What ends a recording fails too then, and says less.
+            cause = str(error.__context__ or error).splitlines()[0]
+            logger.warning("training goes on without a CUDA graph (set cuda_graphs to false to be rid of this): %s", cause)
             return
         self.graph = graph

@@ -66,7 +66,7 @@ class Plan:
     validations: int = 1000
     """At most so many validations, evenly over the epochs."""
     checkpoint_seconds: float = 60.0
-    cuda_graphs: bool = True
+    cuda_graphs: bool = False
     """Record the step on a GPU, where the loss is in parts."""
     autocast: torch.dtype | None = None
 
@@ -326,6 +326,8 @@ def fit(
         weights = {name: value.cpu().contiguous() for name, value in trainer.best.items()}
         precision = "fp32" if plan.autocast is None else "bf16"
         recorded = trainer.recorded is not None and trainer.recorded.graph is not None
+        # It knows the trainer and all its data, which would stay until somebody looks for such circles.
+        trainer.recorded = None
         return Fitted(weights, state.history, state.seconds, state.step, state.best_epoch, precision, recorded)
 
 

@@ -343,7 +343,7 @@ def fit_vae(
     plan = Plan.of(config, "vae", seed, train, device, grace=grace)
     key = checkpoint.digest(
         code_hash(__file__),
-        config.model_dump(),
+        config.model_dump(exclude={"cuda_graphs"}),
         str(plan.autocast),
         seed,
         cells.expression.data,
