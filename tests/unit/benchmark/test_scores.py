@@ -55,6 +55,8 @@ def scored(screen):
     rows = [
         de_rows("perfect", targets, genes, perfect, right, effects.control_mean),
         de_rows("partial", targets, genes, estimate, nothing, effects.control_mean),
+        # Debiased it is another prediction, whose calls alone are a baseline.
+        de_rows("training_mean", targets, genes, perfect, right, effects.control_mean),
     ]
     contracts.DE.write(pd.concat(rows, ignore_index=True), folder / "de.parquet")
     cells = load_expression(screen.cells, perturbations=targets, genes=genes, halves=splits.halves, half="A")
@@ -105,6 +107,16 @@ def test_ceiling_is_half_a_and_stands_as_a_method(scored):
     called, true = truth.replicate_calls[0] != 0, truth.observed_calls[0] != 0
     jaccard = pick(replicate, metric="de_jaccard").loc[truth.targets[0], "value"]
     assert jaccard == pytest.approx((called & true).sum() / (called | true).sum())
+
+
+def test_baseline_of_calls_alone_is_debiased(scored):
+    own = pick(scored.table, method="training_mean", debiased=False, metric="de_average_precision")["value"]
+    for method in ("perfect", "replicate"):
+        for debiased in (True, False) if method == "perfect" else (False,):
+            rows = pick(scored.table, method=method, debiased=debiased, metric="de_average_precision")
+            np.testing.assert_array_equal(rows.loc[own.index, "baseline"], own)
+    assert (own < 1).any()
+    np.testing.assert_array_equal(pick(scored.table, method="perfect", debiased=True, metric="de_recall")["baseline"], 1)
 
 
 def test_baseline_is_the_training_mean(scored):

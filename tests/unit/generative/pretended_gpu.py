@@ -100,7 +100,7 @@ def recorded(graph: Graph, stream: Stream) -> Iterator[None]:
     try:
         yield
         STREAMS.pop()
-    except RuntimeError as error:
+    except BaseException as error:
         raise RuntimeError("operation failed due to a previous error during capture\nFor debugging consider more.") from error
     finally:
         RECORDED.pop()

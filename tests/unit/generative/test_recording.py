@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import weakref
 
 import pytest
 import torch
-from pretended_gpu import DEVICES, USUAL, Graph, pretended_gpu
+from pretended_gpu import DEVICES, RECORDED, USUAL, Graph, pretended_gpu
 from torch import Tensor
 
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
@@ -110,6 +111,20 @@ def test_a_step_that_cannot_be_recorded_is_done_as_it_is(caplog, replays: list[G
         "training goes on without a CUDA graph (set cuda_graphs to false to be rid of this): "
         "operation not permitted when stream is capturing"
     ]
+
+
+@pytest.mark.parametrize(("error", "goes_on"), [(RuntimeError(""), True), (KeyboardInterrupt(), False)])
+def test_errors_without_words_and_interrupts(caplog, error: BaseException, goes_on: bool) -> None:
+    def step(x: Tensor) -> None:
+        if RECORDED:
+            raise error
+
+    with pretended_gpu():
+        recorded = Recorded(step, GPU)
+        with contextlib.nullcontext() if goes_on else pytest.raises(KeyboardInterrupt):
+            for _ in range(EAGER + 2):
+                recorded(torch.ones(1, device=GPU))
+    assert [record.message.rsplit(": ", 1)[1] for record in caplog.records] == ["RuntimeError"] * goes_on
 
 
 def test_inputs_of_other_shapes_are_refused() -> None:

@@ -248,7 +248,8 @@ def score_fold(
     ceiling = score_effects(truth.replicate, fold) | _call_scores(truth.replicate_calls, fold)
     # From the effects, not from a method's file: the paired baseline is there whichever baselines are configured.
     baseline = score_effects(np.tile(fold.reference, (len(truth.targets), 1)), fold)
-    calls = {key: value for key, value in debiased.get("training_mean", {}).items() if key[0].startswith("de_")}
+    # Only calls need the debiased one: all other scores are against what the training mean predicts.
+    calls = {key: value for key, value in debiased.get("training_mean", {}).items() if key not in baseline and key[0].startswith("de_")}
     if generated is not None:
         by_cells = score_cells(cells=cells, splits=splits, generated=generated, locations=locations, fold=fold)
         ceiling |= by_cells.pop(REPLICATE)

@@ -92,7 +92,10 @@ class Recorded:
                 self.step(*self.held)
         except RuntimeError as error:
             # What ends a recording fails too then, and says less.
-            cause = str(error.__context__ or error).splitlines()[0]
+            cause = error.__context__ or error
+            if not isinstance(cause, Exception):
+                raise cause from None  # Somebody stopped it.
+            cause = (str(cause).splitlines() or [type(cause).__name__])[0]
             logger.warning("training goes on without a CUDA graph (set cuda_graphs to false to be rid of this): %s", cause)
             return
         self.graph = graph
