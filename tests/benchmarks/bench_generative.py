@@ -1,7 +1,8 @@
 """Cost and quality of the generator: this project's protocol against the published design, in one run on one machine.
 
-Run by hand: PYTHONPATH=workflow_scripts python tests/benchmarks/bench_generative.py [threads] [device], one thread of the CPU by default:
-on CPUs the workflow trains and samples its models side by side, each on one. device: as config key run.device.
+Run by hand: PYTHONPATH=workflow_scripts python tests/benchmarks/bench_generative.py [threads [device [graphs]]]; one thread of the CPU by
+default: on CPUs the workflow trains and samples its models side by side, each on one. device: as config key run.device;
+graphs: with CUDA graphs.
 Writes results/bench/summary.json and results/bench/growth.png. Seconds per target of the published design are its measured step times x its
 step counts (one autoencoder and one diffusion model per target; 30,000 cells of the target and of each of 5 neighbours at 1000 guided
 steps). Its quality is measured at equal budget: trained for as long as the default protocol took. Quality is that of the ten strongest
@@ -381,14 +382,15 @@ def draw_growth(found: dict[str, list[dict[str, float]]], folder: Path) -> None:
         style.letter_panels(list(axes.flat))
 
 
-def main(threads: str = "1", where: str = "cpu") -> None:
+def main(threads: str = "1", where: str = "cpu", graphs: str = "") -> None:
     torch.set_num_threads(int(threads))
     device = resolve_device(where)
     with tempfile.TemporaryDirectory() as folder:
         train, held = screen(Path(folder))
-    ours = run(VaeConfig(), DiffusionConfig(), GenerationConfig(), train, held, True, device)
+    options = {"cuda_graphs": graphs == "graphs"}
+    ours = run(VaeConfig(**options), DiffusionConfig(**options), GenerationConfig(), train, held, True, device)
     # The same in single precision, where products are not, to compare.
-    single = {"precision": "fp32"}
+    single = {"precision": "fp32", **options}
     plain = (
         ours
         if ours.vae.precision == "fp32"
@@ -426,6 +428,7 @@ def main(threads: str = "1", where: str = "cpu") -> None:
         "sample_unguided_cells_per_second": ours.unguided_cells_per_second,
         "peak_memory_gb": peak_memory(device),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {threads} thread(s)",
+        **options,
         "quality_crossfit": ours.quality,
         "quality_single_precision": plain.quality,
         "single_precision": {"vae": asdict(plain.vae), "diffusion": asdict(plain.diffusion)},

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
 GPU = torch.device("cuda:0")
-NEVER_RECORDED = ("aten::_local_scalar_dense", "aten::nonzero", "aten::_unique2", "aten::masked_select")
+NEVER_RECORDED = ("_local_scalar_dense", "nonzero", "_unique2", "masked_select", "equal", "allclose", "bincount", "repeat_interleave")
 """Operations that wait for the GPU."""
 FROM_PYTHON = (torch.tensor, torch.as_tensor, torch.from_numpy, Tensor.to, Tensor.cuda)
 """What brings values from the CPU's memory."""
@@ -159,12 +159,17 @@ class OnGpu(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
         others = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and not isinstance(x, cls) and x.dim()]
+        # A lone number of the CPU goes into an operation, which keeps it as it is; a copy of it waits.
+        alone = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and not isinstance(x, cls)]
         if others and name != "aten::copy_":
             raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu, in {name}")
         masks = name in ("aten::index", "aten::index_put") and any(x is not None and x.dtype == torch.bool for x in args[1])
         drawn = torch.Tag.nondeterministic_seeded in func.tags
-        _permitted(not RECORDED or not (others or masks or drawn or name in NEVER_RECORDED))
-        given, named = tree_map(lambda x: x.held if isinstance(x, cls) else x, (args, kwargs))
+        copied = alone and name == "aten::copy_"
+        waits = name.removeprefix("aten::") in NEVER_RECORDED
+        _permitted(not RECORDED or not (others or copied or masks or drawn or waits))
+        kept = {id(x): x.clone() for x in alone} if RECORDED else {}
+        given, named = tree_map(lambda x: x.held if isinstance(x, cls) else kept.get(id(x), x), (args, kwargs))
         found = _done(func, given, named)
         if name == "aten::copy_" and not isinstance(args[0], cls):
             return args[0]

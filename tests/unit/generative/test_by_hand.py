@@ -99,7 +99,7 @@ def test_every_batch_as_autograd_has_it(monkeypatch, case: tuple[ByHand, Loss], 
             assert all(g.data_ptr() == place.data_ptr() for g, place in zip(found, optimiser.places, strict=True))
             for mine, theirs in zip(found, expected, strict=True):
                 assert (mine - theirs).norm() <= (0.15 if half else 1e-4) * theirs.norm() + 1e-6
-            optimiser.step(found, 0.02)
+            optimiser.step(found, *optimiser.settings(0.02))
             if seed % 3 != 1:
                 continue  # The step goes on, to another batch or to moved parameters.
             # Held-out cells in single precision, of another number.
@@ -158,7 +158,12 @@ def test_without_a_graph_a_loss_by_hand_is_all_of_the_loss_or_none(case: tuple[B
         loss(network, 1, 20)
         return loss(network, 2, 20)
 
-    for wrong in (lambda: 2 * loss(network, 1, 20), lambda: loss(network, 1, 20) + penalty(), twice):
+    def first_of_two() -> Tensor:
+        value = loss(network, 1, 20)
+        loss(network, 2, 20)
+        return value
+
+    for wrong in (first_of_two, lambda: 2 * loss(network, 1, 20), lambda: loss(network, 1, 20) + penalty(), twice):
         with pytest.raises(RuntimeError, match="a part of another"):
             value_and_gradients(network, wrong, parameters)
     # What torch differentiates still has its graph, afterwards too.

@@ -161,7 +161,7 @@ def test_adamw_against_torch(monkeypatch, clip: float, loop: bool) -> None:
     x = torch.randn(30, 6)
     for step in range(30):
         rate = 0.01 * (step + 1) / 30
-        fast.step(torch.autograd.grad(ours(x).square().mean(), fast.parameters), rate)
+        fast.step(torch.autograd.grad(ours(x).square().mean(), fast.parameters), *fast.settings(rate))
         for group in slow.param_groups:
             group["lr"] = rate
         slow.zero_grad()
@@ -184,15 +184,15 @@ def test_gradients_count_wherever_they_lie(written: list[int]) -> None:
         for i in written:
             mine.parameters[i].gradient_place.copy_(gradients[i])
             given[i] = mine.parameters[i].gradient_place
-        mine.step(given, 0.1)
-        theirs.step(gradients, 0.1)
+        mine.step(given, *mine.settings(0.1))
+        theirs.step(gradients, *theirs.settings(0.1))
         assert torch.equal(mine.values, theirs.values)
         gradients = [2 * g - 1 for g in gradients]
 
 
 def test_state_of_the_optimiser_is_taken_whole_or_not_at_all() -> None:
     one, other = (AdamW(list(nn.Linear(3, n).parameters()), 0.0, 1.0) for n in (2, 4))
-    one.step([torch.ones(2, 3), torch.ones(2)], 0.1)
+    one.step([torch.ones(2, 3), torch.ones(2)], *one.settings(0.1))
     assert not other.load(one.state())
     assert other.steps == 0
     again = AdamW(list(nn.Linear(3, 2).parameters()), 0.0, 1.0)

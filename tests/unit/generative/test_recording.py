@@ -6,18 +6,20 @@ import contextlib
 import gc
 import logging
 import weakref
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pretended_gpu import DEVICES, RECORDED, USUAL, Graph, pretended_gpu
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative.cells import DENSE_LIMIT, Cells, Matrix
 from dbdiffusion.generative.diffusion import fit_denoiser
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.recording import EAGER, Recorded
-from dbdiffusion.generative.training import Fitted, Trainer
+from dbdiffusion.generative.training import Fitted, Plan, Trainer, fit
 from dbdiffusion.generative.vae import fit_vae
 
 GPU = torch.device("cuda:0")
@@ -57,12 +59,13 @@ def test_a_recorded_step_does_what_the_step_does(replays: list[Graph]) -> None:
 def test_what_is_no_input_stays_as_it_was_recorded(replays: list[Graph]) -> None:
     """What the pretended GPU is for: a step that must not be recorded does not seem right."""
     with pretended_gpu():
-        total, now = torch.zeros((), device=GPU), [0.0]
-        recorded = Recorded(lambda x: total.add_(now[0] * x.sum()), GPU)
-        for i in range(6):
-            now[0] = float(i)
-            recorded(torch.ones(1, device=GPU))
-        assert float(total) == 0 + 1 + 2 + 3 * 3
+        for now in ([0.0], torch.zeros(1)):
+            total = torch.zeros((), device=GPU)
+            recorded = Recorded(lambda x, now=now, total=total: total.add_(now[0] * x.sum()), GPU)
+            for i in range(6):
+                now[0] = float(i)
+                recorded(torch.ones(1, device=GPU))
+            assert float(total) == 0 + 1 + 2 + 3 * 3
 
 
 def test_calls_before_a_recording_are_on_its_stream() -> None:
@@ -86,6 +89,9 @@ CANNOT = {
     "a mask": lambda x: x[x > 0],
     "what is there": lambda x: x.unique(),
     "a random stream": lambda x: x * torch.rand(2, generator=torch.Generator(GPU), device=GPU),
+    "a comparison": lambda x: float(torch.equal(x, x)),
+    "a count": lambda x: x.long().bincount(minlength=9),
+    "a number of the CPU": lambda x: torch.zeros((), device=GPU).copy_(torch.tensor(1.0)) * x,
     "random numbers": lambda x: x * torch.rand_like(x),
 }
 
@@ -148,16 +154,18 @@ def test_nothing_is_kept_after_a_training(monkeypatch, toy: Cells) -> None:
         gc.enable()
 
 
-def autoencoder(cells: Cells, **config) -> Fitted:
-    return fit_vae(cells, VaeConfig(hidden=[16], latent=4, batch_size=64, max_steps=12, **config), device=GPU, seed=1)[1]
+def autoencoder(cells: Cells, scratch: Path | None = None, on_step=None, **config) -> Fitted:
+    return fit_vae(
+        cells, VaeConfig(hidden=[16], latent=4, batch_size=64, max_steps=12, **config), device=GPU, seed=1, scratch=scratch, on_step=on_step
+    )[1]
 
 
-def denoiser(cells: Cells, **config) -> Fitted:
+def denoiser(cells: Cells, scratch: Path | None = None, on_step=None, **config) -> Fitted:
     stream = torch.Generator().manual_seed(0)
     latents = [torch.randn(300, 4), torch.rand(300, 4), torch.randint(0, 90, (300,)), torch.randn(90, 5, generator=stream)]
     # More conditions than cells in a batch: those of a batch are taken before.
     config = DiffusionConfig(widths=[16, 8], batch_size=64, max_steps=12, **config)
-    return fit_denoiser(Latents(*(x.to(GPU) for x in latents)), config, device=GPU, seed=1)[1]
+    return fit_denoiser(Latents(*(x.to(GPU) for x in latents)), config, device=GPU, seed=1, scratch=scratch, on_step=on_step)[1]
 
 
 def assert_same(one: Fitted, other: Fitted) -> None:
@@ -200,3 +208,54 @@ def test_cells_that_are_not_held_on_the_gpu(monkeypatch, toy: Cells, replays: li
             made.append(autoencoder(toy, precision="fp32", cuda_graphs=True))
     assert len(replays) == 2 * (12 - EAGER)
     assert_same(*made)
+
+
+def test_a_loss_that_is_not_in_parts_is_not_recorded(replays: list[Graph]) -> None:
+    with pretended_gpu():
+        network = nn.Linear(2, 1)
+        plan = Plan(
+            "plain", 0, np.arange(40), batch_size=8, max_epochs=2, max_steps=10, learning_rate=0.1, weight_decay=0.0, cuda_graphs=True
+        )
+        fitted = fit(network, lambda net, rows, stream, share: net(torch.ones(8, 2, device=GPU)).square().mean(), plan, device=GPU)
+    assert not fitted.recorded
+    assert not replays
+    assert fitted.history[-1]["train"] < fitted.history[0]["train"]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_precision_is_that_of_the_gpu(monkeypatch, toy: Cells, graphs: bool) -> None:
+    asked = []
+    autocast = torch.autocast
+    monkeypatch.setattr(
+        torch, "autocast", lambda kind, **options: (asked.append((kind, *options.values())), autocast("cpu", enabled=False))[1]
+    )
+    with pretended_gpu():
+        autoencoder(toy, precision="bf16", cuda_graphs=graphs)
+    assert set(asked) == {("cuda", torch.bfloat16, True)}
+    assert len(asked) == (EAGER + 1 if graphs else 12)
+
+
+def test_a_training_goes_on_with_graphs_switched_off(toy: Cells, tmp_path: Path, replays: list[Graph]) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(step: int) -> None:
+        if step == 7:
+            raise Stopped
+
+    for train in (autoencoder, denoiser):
+        torch.manual_seed(0)
+        options = {"precision": "fp32", "checkpoint_seconds": 1e-9}
+        with pretended_gpu():
+            whole = train(toy, **options)
+        replays.clear()
+        torch.manual_seed(0)
+        with pretended_gpu(), pytest.raises(Stopped):
+            train(toy, scratch=tmp_path, on_step=stop, **options, cuda_graphs=True)
+        assert len(replays) == 7 - EAGER
+        torch.manual_seed(0)
+        seen = []
+        with pretended_gpu():
+            rest = train(toy, scratch=tmp_path, on_step=seen.append, **options)
+        assert seen[0] == 8
+        assert_same(whole, rest)

@@ -165,7 +165,8 @@ def top_calls(de: pd.DataFrame, method: str, per_target: int) -> pd.DataFrame:
     ).sort_values(["target", "seed", "fold", "_called", "_q", "_size", "gene"], kind="stable", na_position="last")
     abstained = (rows["call"] == "no_call").groupby(rows["target"]).transform("all")
     kept = pd.concat([rows[~abstained].groupby("target").head(per_target), rows[abstained].groupby("target").head(1)])
-    called, best = (~rows["_called"]).groupby(rows["target"]).sum(), rows["_q"].fillna(np.inf).groupby(rows["target"]).min()
+    tested = rows["_q"].where(rows["call"] != "no_call").fillna(np.inf)
+    called, best = (~rows["_called"]).groupby(rows["target"]).sum(), tested.groupby(rows["target"]).min()
     order = sorted(called.index, key=lambda t: (-int(called[t]), float(best[t]), t))
     kept = kept.assign(_place=kept["target"].map({t: i for i, t in enumerate(order)})).sort_values("_place", kind="stable")
     return kept[list(DE_COLUMNS)].rename(columns=DE_COLUMNS).reset_index(drop=True)
@@ -173,15 +174,22 @@ def top_calls(de: pd.DataFrame, method: str, per_target: int) -> pd.DataFrame:
 
 def calls_in_words(de: pd.DataFrame, method: str, q: float) -> str:
     """How many genes `method` calls at q; where none, how small its q gets and how many are within twice the q."""
-    rows = de[de["method"].astype(str) == method]
-    called = rows["call"].astype(str).isin(["up", "down"])
+    rows = de[de["method"].astype(str) == method].astype({"target": str, "gene": str, "call": str})
+
+    def counted(kept: pd.Series) -> tuple[int, int]:
+        """Genes of targets, and targets, each once however many seeds there are."""
+        pairs = rows.loc[kept, ["target", "gene"]].drop_duplicates()
+        return len(pairs), pairs["target"].nunique()
+
+    called = rows["call"].isin(["up", "down"])
     if called.any():
-        return f"{int(called.sum()):,} calls in {rows.loc[called, 'target'].nunique():,} of {rows['target'].nunique():,} targets."
-    found = rows["q_selection"].fillna(rows["q_t"])[rows["call"].astype(str) == "none"]
-    if found.empty:
+        genes, targets = counted(called)
+        return f"{genes:,} calls in {targets:,} of {rows['target'].nunique():,} targets."
+    found = rows["q_selection"].fillna(rows["q_t"]).where(rows["call"] == "none")
+    if found.isna().all():
         return "No target could be tested."
     text = f"No gene is called: the smallest q is {found.min():.1%}."
-    return text if 2 * q >= 1 else f"{text} {int((found <= 2 * q).sum()):,} have a q of at most {2 * q:g} (inference.q: {2 * q:g})."
+    return text if 2 * q >= 1 else f"{text} {counted(found <= 2 * q)[0]:,} have a q of at most {2 * q:g}."
 
 
 SCORE_COLUMNS = {

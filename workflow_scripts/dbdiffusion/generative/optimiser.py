@@ -38,19 +38,15 @@ class AdamW:
         for p, part, place in zip(self.parameters, self.values.split(sizes), self.places, strict=True):
             p.data, p.gradient_place = part.view_as(p), place.view_as(p)
 
-    def step(self, gradients: Sequence[Tensor], rate: float) -> None:
-        """One update with learning rate `rate`, of the gradients of `parameters`, in their order."""
-        self.update(gradients, *self.settings(rate))
-
     def settings(self, rate: float) -> tuple[float, float, float]:
-        """What changes from update to update, of the next one: rate over the first moment's correction, what the second's root is
-        multiplied with, and what decay leaves."""
+        """What changes from step to step, of the next one with this learning rate: the rate over the first moment's correction, what the
+        second's root is multiplied with, and what decay leaves."""
         self.steps += 1
         first, second = (1 - beta**self.steps for beta in BETAS)
         return rate / first, 1 / math.sqrt(second), 1 - rate * self.weight_decay
 
-    def update(self, gradients: Sequence[Tensor], rate: float | Tensor, correct: float | Tensor, kept: float | Tensor) -> None:
-        """One update with these `settings`; on a GPU they can be tensors."""
+    def step(self, gradients: Sequence[Tensor], rate: float | Tensor, correct: float | Tensor, kept: float | Tensor) -> None:
+        """One update with the `settings`, which on a GPU can be tensors, of the gradients of `parameters`, in their order."""
         elsewhere = [(place, g) for place, g in zip(self.places, gradients, strict=True) if g.data_ptr() != place.data_ptr()]
         if len(elsewhere) == len(self.places):
             torch.cat([g.reshape(-1) for g in gradients], out=self.gradient)

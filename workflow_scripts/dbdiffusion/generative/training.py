@@ -182,7 +182,7 @@ class Trainer:
         return self._order[1][at * self.plan.batch : (at + 1) * self.plan.batch]
 
     def advance(self, loss: Loss) -> None:
-        """One step of gradient descent."""
+        """One step of gradient descent; the loss of the first one is that of all."""
         plan, step = self.plan, self.state.step
         self.noise.manual_seed(derive_seed(plan.seed, plan.what, "noise", step))
         batch = self.rows(step), self.noise, step / plan.total_steps
@@ -210,7 +210,7 @@ class Trainer:
                 return value()
 
         found, gradients = value_and_gradients(self.network, value_of_batch, self.optimiser.parameters)
-        self.optimiser.update(gradients, *settings)
+        self.optimiser.step(gradients, *settings)
         self.running += found
 
     @contextlib.contextmanager
