@@ -4,6 +4,11 @@ from dbdiffusion.figures.tables_html import write_de_page
 from dbdiffusion.runtime.log import stage_log
 
 with stage_log(snakemake.log[0]):
+    inference = snakemake.params.config["inference"]
     write_de_page(
-        de=snakemake.input.de, out_html=snakemake.output.page, method=snakemake.params.method, q=snakemake.params.config["inference"]["q"]
+        de=snakemake.input.de,
+        out_html=snakemake.output.page,
+        method=snakemake.params.method,
+        test=inference["calls"],
+        q=inference["q"],
     )

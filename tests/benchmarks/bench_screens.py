@@ -1,17 +1,19 @@
 """Error rates of the chain on simulated screens of cells, without networks: python tests/benchmarks/bench_screens.py [--screens 10]
 
 Every screen is the default simulated dataset with a seed of its own, taken from counts through QC, splits, effects, location and
-baselines to calls, for every fold; only the generator is left out. What is called is judged by the held-out cells' own test.
+baselines to calls, for every fold; only the generator is left out.
 
-fdr: mean over folds (families of targets) of the false share of all their calls, 0 without calls; given calls: the same over the
-folds that have any; power: share of the genes called by half B; null: share of the calls whose true effect is 0; coverage: of the observed
-effects by the t interval at 95 %.
+Per test: fdr: mean over folds (families of targets) of the false share of all their calls, 0 without calls (`direction`: no true effect
+of that direction; `selection`: not called by the held-out cells' own test); given calls: the same over the folds that have any; power:
+share of the genes called by half B; null: share of the calls whose true effect is 0; coverage: of the observed effects by the t interval
+at 95 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +33,12 @@ from dbdiffusion.inference import debias, table, ttest
 from dbdiffusion.inference.debias import Queries
 from dbdiffusion.perturbations.effects import estimate_effects, write_effects
 from dbdiffusion.perturbations.locate import write_locations
+from dbdiffusion.runtime import contracts
 from dbdiffusion.runtime.progress import Progress
 
 REPO = Path(__file__).resolve().parents[2]
 RATES = (0.05, 0.1, 0.2)
+TESTS = ("direction", "selection")
 SEED = 1
 
 
@@ -82,7 +86,7 @@ def infer_fold(config: Config, folder: Path, fold: str) -> table.Inference:
 
 
 def judge(inference: table.Inference, folder: Path, fold: str) -> list[dict]:
-    """One row per target and rate."""
+    """One row per target, test and rate."""
     moments, truth = Moments.read(folder / "moments.h5ad"), pd.read_parquet(folder / "truth.parquet")
     truth = truth.pivot(index="perturbation", columns="gene", values="lfc")
     genes, fdr = inference.screen.effects.genes, inference.config.de_fdr
@@ -94,15 +98,17 @@ def judge(inference: table.Inference, folder: Path, fold: str) -> list[dict]:
         half = estimate_effects(moments, names, genes, half="B", control_half="B")
         real = ttest.de_labels(whole.effect, whole.se, whole.n_cells, fdr)
         again = ttest.de_labels(half.effect, half.se, half.n_cells, fdr)
-        null = truth.reindex(index=names, columns=genes).to_numpy() == 0
-        silent = (result.reason != "")[:, None] | np.isnan(result.columns["q_selection"])
-        q = np.where(silent, 1.0, result.columns["q_selection"])
+        effect = truth.reindex(index=names, columns=genes).to_numpy()
         inside = _inside(inference, result, whole)
-        for i in range(len(names)):
-            for rate in RATES:
+        for test in TESTS:
+            values = result.columns[contracts.TESTS[test]]
+            q = np.where((result.reason != "")[:, None] | np.isnan(values), 1.0, values)
+            wrong = result.columns["lfc"] * effect <= 0 if test == "direction" else ~real
+            for i, rate in product(range(len(names)), RATES):
                 called = q[i] <= rate
-                counts = {"calls": called, "false": called & ~real[i], "null": called & null[i], "found": called & again[i], "de": again[i]}
-                rows.append({"fold": fold, "q": rate, "inside": inside[i], **{name: int(v.sum()) for name, v in counts.items()}})
+                counts = {"calls": called, "false": called & wrong[i], "null": called & (effect[i] == 0), "found": called & again[i]}
+                counts = {name: int(v.sum()) for name, v in counts.items()}
+                rows.append({"fold": fold, "test": test, "q": rate, "inside": inside[i], **counts, "de": int(again[i].sum())})
     return rows
 
 
@@ -134,14 +140,16 @@ def main() -> None:
                     rows += [{"screen": screen, **row} for row in judge(infer_fold(config, folder, fold), folder, fold)]
             progress.update()
     frame = pd.DataFrame(rows)
-    families = frame.groupby(["q", "screen", "fold"])[["calls", "false", "null", "found", "de"]].sum()
+    families = frame.groupby(["test", "q", "screen", "fold"])[["calls", "false", "null", "found", "de"]].sum()
     families["share"] = families["false"] / families["calls"].clip(lower=1)
-    out = families.groupby("q")[["calls", "false", "null", "found", "de"]].sum()
-    out["fdr"], out["fdr_se"] = families["share"].groupby("q").mean(), families["share"].groupby("q").sem()
-    out["fdr_given_calls"] = families[families["calls"] > 0]["share"].groupby("q").mean()
+    by = ["test", "q"]
+    out = families.groupby(by)[["calls", "false", "null", "found", "de"]].sum()
+    out["fdr"], out["fdr_se"] = families["share"].groupby(by).mean(), families["share"].groupby(by).sem()
+    out["fdr_given_calls"] = families[families["calls"] > 0]["share"].groupby(by).mean()
+    out["folds_with_calls"] = (families["calls"] > 0).groupby(by).mean()
     out["false_share_of_all"], out["null_share_of_all"] = out["false"] / out["calls"], out["null"] / out["calls"]
     out["power"] = out["found"] / out["de"]
-    print(f"{arguments.screens} screens, {len(families) // len(RATES)} folds; coverage at 95 %: {frame['inside'].mean():.3f}")
+    print(f"{arguments.screens} screens, {len(families) // len(RATES) // len(TESTS)} folds; coverage at 95 %: {frame['inside'].mean():.3f}")
     print(out.drop(columns=["false", "null", "found", "de"]).round(3).to_string())
 
 

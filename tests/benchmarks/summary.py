@@ -44,8 +44,9 @@ def main(names: list[str]) -> None:
         # `pooled`: the false share of all calls; `per target`: its mean over targets, where a target without calls counts as 0.
         checks = checks[checks["stratum"].isin(["per target", "pooled", "effect high", "prediction strongest 5 %", "smaller than uniform"])]
         chosen = [
+            checks[checks["check"].isin(["fdr_truth"]) & (checks["level"] == 0.1)],
             checks[(checks["check"] == "coverage") & (checks["level"] == 0.95)],
-            checks[checks["check"].isin(["fdr", "power"]) & (checks["level"] == 0.1) & checks["method"].isin(["selection", "t"])],
+            checks[checks["check"].isin(["fdr", "power"]) & (checks["level"] == 0.1) & checks["method"].isin(list(contracts.TESTS))],
             checks[(checks["check"] == "power_replicate") & (checks["level"] == 0.1)],
             checks[checks["check"].isin(["control_guides_ks", "doubling_calls", "permuted_labels_calls", "permuted_labels_ks"])],
         ]

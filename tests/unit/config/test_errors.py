@@ -104,7 +104,7 @@ KEYS = [
     ("diffusion: {timesteps: 49}", "generation.steps", "50 (from protocol crossfit)", "at most 49"),
     ("diffusion: {null_token: zero}", "diffusion.null_token", "'zero'", "uncertain_conditions: false"),
     ("generation: {cells: 199}", "generation.cells_kept", "200 (from protocol crossfit)", "at most 199"),
-    ("splits: {crossfit_folds: 0}", "inference.calls", "'selection' (from protocol crossfit)", "inference.calls: t"),
+    ("splits: {crossfit_folds: 0}", "inference.calls", "'direction' (from protocol crossfit)", "inference.calls: t"),
     ("splits: {crossfit_folds: 0}", "inference.error_model", "'conformal' (from protocol crossfit)", "conservative"),
     ("splits: {crossfit_folds: 0}", "inference.weight", "'tuned' (from protocol crossfit)", "inference.weight: one"),
     (REFERENCE + "inference: {calls: selection}", "inference.calls", "'selection'", "splits.crossfit_folds to 2 or more"),

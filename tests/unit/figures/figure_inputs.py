@@ -203,6 +203,7 @@ def write_de(path: Path, made: Inputs, seed: int, extra: tuple[str, ...] = ("NOB
                         "ci_high": (lfc + 2.45 * se) * missing,
                         "p_t": p * missing,
                         "q_t": q * missing,
+                        "q_direction": q * missing,
                         "p_selection": p * missing,
                         "q_selection": q * missing,
                         "call": np.full(len(genes), "no_call") if lost else call,
@@ -276,7 +277,7 @@ def write_calibration(path: Path, seed: int, checks: tuple[str, ...] | None = No
             for check, names in (("coverage", groups), ("coverage_truth", ("per target", "affected genes", "unaffected genes"))):
                 for group in names:
                     rate(check, method, level, group, min(1.0, level * (1 - loss) + random.normal(0, 0.02)), 800)
-    for test, loss in (("selection", 0.0), ("t", 0.1)):
+    for test, loss in (("direction", -0.1), ("selection", 0.0), ("t", 0.1)):
         for k, predictor in enumerate(("", ":knn", ":dbdiffusion", ":training_mean", ":lambda_0", ":lambda_1")):
             for q in (0.05, 0.1, 0.2):
                 rate("fdr", test + predictor, q, "per target", min(1.0, q * (0.5 + 0.2 * k + 2 * loss)), 24)
@@ -345,7 +346,7 @@ def write_study(path: Path, seed: int) -> None:
 
         for (model, loss), level in product((("t", 0.0), ("conformal", 0.01), ("cells_only", 0.5), ("conservative", 0.2)), (0.8, 0.95)):
             add(error_model=model, level=level, coverage=level * (1 - loss), width=0.4)
-        for (test, loss), q in product((("selection", 0.0), ("selection_target", 0.02), ("t", 0.05)), (0.1, 0.2)):
+        for (test, loss), q in product((("direction", -0.02), ("selection", 0.0), ("selection_target", 0.02), ("t", 0.05)), (0.1, 0.2)):
             power = 0.1 + 0.0005 * perturbations - loss
             add(error_model=test, q=q, fdr=q * (0.8 + 4 * loss), fdr_target=0.7 * q, power=power, power_replicate=0.55 + q)
         for method, ratio in (("stacked", 0.4), ("dbdiffusion", 0.6), ("neighbour_mean", 1.0)):

@@ -13,7 +13,7 @@ core = pytest.importorskip("docutils.core")
 
 RULES = Path(__file__).resolve().parents[3] / "rules"
 CAPTIONS = sorted((RULES / "report").glob("*.rst"))
-CONFIG = {"inference": {"level": 0.95, "error_model": "t", "calls": "selection", "q": 0.1}, "benchmark": {"bootstrap": 1000}}
+CONFIG = {"inference": {"level": 0.95, "error_model": "t", "calls": "direction", "q": 0.1}, "benchmark": {"bootstrap": 1000}}
 
 
 @pytest.mark.parametrize("caption", CAPTIONS, ids=lambda p: p.stem)

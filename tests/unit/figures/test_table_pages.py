@@ -80,13 +80,13 @@ def test_only_the_first_rows_are_shown(tmp_path):
 
 def test_called_genes_come_first_and_abstention_is_one_row(made):
     de = contracts.DE.read(made.root / "de.parquet")
-    shown = tables_html.top_calls(de, "stacked", per_target=5)
+    shown = tables_html.top_calls(de, "stacked", "direction", per_target=5)
     counts = shown["target"].value_counts()
     assert counts[made.targets[-1]] == 1
     assert counts[made.targets[0]] == 5
     first = shown[shown["target"] == made.targets[0]]
     assert first["call"].iloc[0] in ("up", "down")
-    assert first["q (selection)"].is_monotonic_increasing
+    assert first["q (direction)"].is_monotonic_increasing
     assert shown.loc[shown["target"] == made.targets[-1], "reason"].item() == "its gene is not measured"
     calls = shown["call"].isin(["up", "down"]).groupby(shown["target"], sort=False).any()
     assert calls.is_monotonic_decreasing
@@ -100,7 +100,7 @@ def test_a_page_of_many_targets_has_fewer_genes_of_each(made, tmp_path):
 
 def test_an_unknown_method_is_named(made):
     with pytest.raises(UserError, match="scgpt"):
-        tables_html.top_calls(contracts.DE.read(made.root / "de.parquet"), "scgpt", 5)
+        tables_html.top_calls(contracts.DE.read(made.root / "de.parquet"), "scgpt", "t", 5)
 
 
 def test_the_score_page_holds_the_mean_over_targets(made, tmp_path):
@@ -127,20 +127,21 @@ def test_the_page_says_how_many_calls_there_are_and_what_would_be(made, tmp_path
     )
     tested = own["call"] != "no_call"
     q = np.where(tested, np.linspace(0.5, 0.13, len(own)), np.nan)
-    none = own.assign(q_selection=q, call=np.where(tested, "none", "no_call"))
-    text = tables_html.calls_in_words(none, "stacked", 0.1)
+    none = own.assign(q_direction=q, call=np.where(tested, "none", "no_call"))
+    text = tables_html.calls_in_words(none, "stacked", "direction", 0.1)
     assert text == f"No gene is called: the smallest q is {np.nanmin(q):.1%}. {(q <= 0.2).sum()} have a q of at most 0.2."
     # Without calls, targets of the best evidence come first.
-    shown = tables_html.top_calls(none, "stacked", per_target=1)
-    assert shown["q (selection)"].dropna().is_monotonic_increasing
-    # With seeds each gene of a target counts once; where selection did not judge, the t test has.
+    shown = tables_html.top_calls(none, "stacked", "direction", per_target=1)
+    assert shown["q (direction)"].dropna().is_monotonic_increasing
+    # With seeds each gene of a target counts once; where the test did not judge, the t test has.
     twice = pd.concat([none, none.assign(seed=2)])
-    assert tables_html.calls_in_words(twice, "stacked", 0.1) == text
-    assert tables_html.calls_in_words(none.assign(q_selection=np.nan, q_t=q), "stacked", 0.1) == text
+    assert tables_html.calls_in_words(twice, "stacked", "direction", 0.1) == text
+    assert tables_html.calls_in_words(none.assign(q_direction=np.nan, q_t=q), "stacked", "direction", 0.1) == text
+    assert tables_html.calls_in_words(none.assign(q_selection=q, q_direction=0.3), "stacked", "selection", 0.1) == text
     one = none.assign(call=np.where(np.arange(len(none)) == 0, "up", "none"))
-    assert tables_html.calls_in_words(pd.concat([one, one.assign(seed=2)]), "stacked", 0.1).startswith("1 calls in 1 of")
-    assert tables_html.calls_in_words(none, "stacked", 0.5) == f"No gene is called: the smallest q is {np.nanmin(q):.1%}."
-    assert tables_html.calls_in_words(none.assign(call="no_call"), "stacked", 0.1) == "No target could be tested."
+    assert tables_html.calls_in_words(pd.concat([one, one.assign(seed=2)]), "stacked", "direction", 0.1).startswith("1 calls in 1 of")
+    assert tables_html.calls_in_words(none, "stacked", "direction", 0.5) == f"No gene is called: the smallest q is {np.nanmin(q):.1%}."
+    assert tables_html.calls_in_words(none.assign(call="no_call"), "stacked", "direction", 0.1) == "No target could be tested."
 
 
 def test_targets_of_most_calls_come_before_those_of_better_ones(made):
@@ -149,9 +150,9 @@ def test_targets_of_most_calls_come_before_those_of_better_ones(made):
     first, second = (np.flatnonzero(own["target"].astype(str) == t) for t in made.targets[:2])
     calls, q = np.full(len(own), "none", dtype=object), np.full(len(own), 0.5)
     calls[[*first[:1], *second[:2]]], q[first[:1]], q[second[:2]] = "up", 0.01, 0.05
-    shown = tables_html.top_calls(own.assign(call=calls, q_selection=q), "stacked", per_target=1)
+    shown = tables_html.top_calls(own.assign(call=calls, q_direction=q), "stacked", "direction", per_target=1)
     assert shown["target"].tolist() == [made.targets[1], made.targets[0]]
     # One that is not called comes last, however small its q.
     calls[:], calls[first] = "none", "no_call"
-    shown = tables_html.top_calls(own.assign(call=calls, q_selection=q), "stacked", per_target=1)
+    shown = tables_html.top_calls(own.assign(call=calls, q_direction=q), "stacked", "direction", per_target=1)
     assert shown["target"].tolist() == [made.targets[1], made.targets[0]]

@@ -147,7 +147,7 @@ def test_all_checks_are_there(written):
     predictors = {"dbdiffusion", "neighbour_mean", "lambda_0", "lambda_1"}
     for check in ("fdr", "power"):
         methods = set(frame.loc[frame["check"] == check, "method"])
-        assert methods == {"t", "selection", *(f"{test}:{p}" for test in ("t", "selection") for p in predictors)}
+        assert methods == {*contracts.TESTS, *(f"{test}:{p}" for test in contracts.TESTS for p in predictors)}
 
 
 def test_rates_are_plausible_on_a_screen_that_is_what_the_model_thinks(written):
@@ -201,14 +201,36 @@ def test_calls_against_the_truth_written_out(written):
     truth = TRUTH.read(written.arguments["truth"]).astype({"perturbation": str, "gene": str})
     truth = truth.rename(columns={"perturbation": "target"})[["target", "gene", "effect"]]
     joined = de[(de["method"] == "stacked") & (de["call"] != "no_call")].merge(truth, on=["target", "gene"])
-    for test, column in (("t", "q_t"), ("selection", "q_selection")):
+    for test, column in contracts.TESTS.items():
         called = joined[joined[column] <= 0.2]
         assert len(called)
-        wrong = called["effect"] == 0
+        null = called["effect"] == 0
+        # What is claimed by `direction` is the sign too.
+        wrong = called["effect"] * called["lfc"] <= 0 if test == "direction" else null
         assert value_of(written.frame, "fdr_truth", test, 0.2, "pooled") == pytest.approx(wrong.mean())
-        right = called[~wrong]
+        right = called[~null]
         turned = np.sign(right["lfc"]) != np.sign(right["effect"])
         assert value_of(written.frame, "sign_error_truth", test, 0.2, "pooled") == pytest.approx(turned.mean())
+
+
+def test_directions_are_judged_by_what_the_held_out_cells_show(written):
+    """Rows `fdr` of direction from the DE table and the moments, one target at a time."""
+    moments, wrong, calls = Moments.read(written.arguments["moments"]), [], []
+    for name, path in zip(written.arguments["folds"], written.arguments["de"], strict=True):
+        fold = fold_of(written.arguments, name)
+        de = contracts.DE.read(path).astype({"method": str, "target": str, "gene": str})
+        for target in fold.targets:
+            rows = de[(de["method"] == "stacked") & (de["target"] == target)].set_index("gene").loc[fold.whole.genes]
+            seen = moments.mean_var(target)[1] - moments.control()[1]
+            seen = seen - fold.inference.screen.control_sampling / rows["se"] ** 2 * rows["lfc"]
+            called = (rows["q_direction"] <= 0.2) & (rows["call"] != "no_call")
+            calls.append(called.sum())
+            wrong.append((called & (np.sign(seen) != np.sign(rows["lfc"]))).sum())
+    assert sum(wrong) > 0
+    frame = written.frame
+    assert value_of(frame, "fdr", "direction", 0.2, "pooled") == pytest.approx(2 * sum(wrong) / sum(calls))
+    assert value_of(frame, "fdr", "direction", 0.2, "per target") == pytest.approx(np.mean(2 * np.array(wrong) / np.maximum(calls, 1)))
+    assert value_of(frame, "power", "direction", 0.2, "pooled") > 0.3
 
 
 def test_weight_zero_is_the_neighbour_mean_and_one_the_published_estimate(fold):
@@ -231,7 +253,7 @@ def test_doubling_sees_what_a_change_of_means_does(fold):
     # Means that depend on the number of cells, as in a generator whose sampling is broken.
     moved = replace(means, mean=means.mean + np.random.default_rng(0).normal(0, 1.0, means.mean.shape))
     changed = pd.DataFrame(checks_cells.doubling(fold, moved, CONFIG, 1))
-    assert set(changed["method"]) == {f"{test}{p}" for test in ("t", "selection") for p in ("", ":dbdiffusion", ":lambda_1")}
+    assert set(changed["method"]) == {f"{test}{p}" for test in contracts.TESTS for p in ("", ":dbdiffusion", ":lambda_1")}
     largest = changed[(changed["check"] == "doubling_log10_p") & (changed["level"] == 1.0)]
     assert (largest["value"] > 0.5).all()
     assert changed.loc[changed["check"] == "doubling_calls", "value"].max() > 0
@@ -259,7 +281,7 @@ def test_permuted_labels_written_out(written):
 
 def test_effects_dealt_out_leave_few_calls(written, fold):
     in_table = dict(checks_calls.called_in_table(fold))
-    for test in ("t", "selection"):
+    for test in contracts.TESTS:
         calls = value_of(written.frame, "shuffled_effects_calls", test, 0.1, "pooled")
         # The screen's own calls, at the same rate, are many times more.
         assert calls < max(0.3 * (in_table[test].q <= 0.1).mean(), 0.005)

@@ -29,6 +29,37 @@ def test_pooled_curve_written_out():
     assert np.allclose(rates, [min(slow[: i + 1]) for i in range(len(slow))])
 
 
+def test_directions_count_twice():
+    """Every wrong direction that is seen stands for two false ones, the further error of a new target too."""
+    scores, agrees = pairs(2)
+    selector = selection.Scored(np.zeros(1), scores, agrees, np.ones(len(scores)), agrees).calibrated("target", 0.1)
+    for cut in (0.5, 1.0, 1.5):
+        slow = []
+        for looser in np.unique(scores[scores <= cut]):
+            called = scores >= looser
+            share = [2 * (c & ~y).sum() / max(c.sum(), 1) for c, y in zip(called, agrees, strict=True)]
+            slow.append(max((2 + 2 * (called & ~agrees).sum()) / called.sum(), (2 + sum(share)) / (1 + len(scores))))
+        assert selector.q_directions(np.array([cut]))[0] == pytest.approx(min(1.0, *slow))
+
+
+def test_the_control_mean_is_not_taken_for_an_effect():
+    """Nothing changes: predictions and observations share the error of the control mean, and agree by chance alone."""
+    random = np.random.default_rng(0)
+    control, own, seen = (random.normal(scale=s, size=(1 if s == 1 else 20, 3000)) for s in (1, 0.5, 0.7))
+    effect, observed = own - control, seen - control
+    agrees = selection.same_direction(effect, observed, np.full(effect.shape, 1.25), np.ones(3000))
+    assert abs(agrees.mean() - 0.5) < 0.03
+    assert (effect * observed > 0).mean() > 0.75
+    # A control of many cells takes nothing off, a prediction of nothing agrees with nothing, a sign is as good as the other.
+    assert np.array_equal(selection.same_direction(effect, observed, effect**2 + 1, np.zeros(3000)), effect * observed > 0)
+    assert not selection.same_direction(np.zeros((2, 3000)), observed[:2], np.ones((2, 3000)), np.zeros(3000)).any()
+    assert np.array_equal(selection.same_direction(-effect, -observed, np.full(effect.shape, 1.25), np.ones(3000)), agrees)
+    # Where the control is all there is of an error, or no error is known, an effect must be larger than the predicted one.
+    for total in (1.0, 0.5, 0.0):
+        found = selection.same_direction(np.array([[1.0, 1.0]]), np.array([[0.9, 1.1]]), np.full((1, 2), total), np.ones(2))
+        assert found.tolist() == [[False, True]]
+
+
 def test_target_curve_written_out():
     scores, labels = pairs(1)
     levels, rates = selection.target_curve(scores, labels, np.ones(len(scores)))
@@ -91,7 +122,7 @@ def test_score_is_linear_in_the_expanded_terms():
 @pytest.mark.parametrize("unit", ["pooled", "target"])
 def test_better_scores_have_smaller_p_and_q(unit):
     scores, labels = pairs(3, 40, 50)
-    selector = selection.Scored(np.zeros(1), scores, labels, np.ones(40)).calibrated(unit, 0.1)
+    selector = selection.Scored(np.zeros(1), scores, labels, np.ones(40), labels).calibrated(unit, 0.1)
     found = np.sort(np.random.default_rng(0).normal(size=(3, 80)), axis=1)
     assert (np.diff(selector.p_values(found), axis=1) <= 0).all()
     assert (np.diff(selector.q_values(found), axis=1) <= 0).all()
@@ -106,7 +137,7 @@ def test_conformal_p_of_null_pairs_is_valid():
     for _ in range(400):
         labels = random.random((21, 20)) < 0.3
         scores = random.normal(size=labels.shape) + labels
-        selector = selection.Scored(np.zeros(1), scores[:-1], labels[:-1], np.ones(20)).calibrated("pooled", 0.1)
+        selector = selection.Scored(np.zeros(1), scores[:-1], labels[:-1], np.ones(20), labels[:-1]).calibrated("pooled", 0.1)
         hits.append(((selector.p_values(scores[-1:]) <= 0.1) & ~labels[-1:]).mean())
     mean, se = np.mean(hits), np.std(hits) / np.sqrt(len(hits))
     assert mean <= 0.1 + 3 * se
@@ -143,7 +174,9 @@ def test_weights_hold_the_rate_for_targets_that_are_located_worse_than_pseudo_ta
         labels, scores = draw(pseudo)
         truth, found = draw(targets)
         for weighted, into in rates.items():
-            selector = selection.Scored(np.zeros(1), scores, labels, pseudo).calibrated("pooled", 0.2, targets if weighted else None)
+            selector = selection.Scored(np.zeros(1), scores, labels, pseudo, labels).calibrated(
+                "pooled", 0.2, targets if weighted else None
+            )
             called = (selector.q_values(found) <= 0.2) & (targets >= selector.min_confidence)[:, None]
             into.append((called & ~truth).sum() / max(called.sum(), 1))
     assert np.mean(rates[False]) > 0.25
@@ -165,7 +198,7 @@ def test_targets_far_from_all_pseudo_targets_make_calls_more_cautious():
     random = np.random.default_rng(10)
     labels = np.repeat(np.arange(10) < 5, 20)[None, :].repeat(40, 0)
     scores = labels + 0.1 * random.normal(size=labels.shape)
-    scored = selection.Scored(np.zeros(1), scores, labels, random.uniform(0.4, 0.9, 40))
+    scored = selection.Scored(np.zeros(1), scores, labels, random.uniform(0.4, 0.9, 40), labels)
     near, far = (scored.calibrated("pooled", 0.1, np.full(20, c)).curve[1].min() for c in (0.65, 0.1))
     assert far > 2 * near
 
@@ -173,7 +206,7 @@ def test_targets_far_from_all_pseudo_targets_make_calls_more_cautious():
 def test_uninformative_screens_get_no_calls_and_one_class_gives_a_rate():
     x = selection.Features(np.zeros((30, 10, len(selection.PAIR_FEATURES)), np.float32), np.zeros((30, 6), np.float32))
     for labels in (np.zeros((30, 10), bool), np.random.default_rng(0).random((30, 10)) < 0.3):
-        selector = selection.fit_scores(x, labels, np.arange(30) % 5, 10**6, rng(1, "t")).calibrated("pooled", 0.1)
+        selector = selection.fit_scores(x, labels, labels, np.arange(30) % 5, 10**6, rng(1, "t")).calibrated("pooled", 0.1)
         assert (selector.q_values(selector.score(x)) > 0.1).all()
 
 

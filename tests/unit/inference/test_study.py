@@ -33,7 +33,7 @@ def test_study_resumes_and_has_its_columns(tmp_path, monkeypatch):
     ]
     assert {*wanted, "screens", "coverage_low", "fdr_high", "power_low"} <= set(first.columns)
     assert set(first["screens"]) == {2}
-    assert {"t", "conformal", "cells_only", "selection"} <= set(first["error_model"])
+    assert {"t", "conformal", "cells_only", "selection", "direction"} <= set(first["error_model"])
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +78,24 @@ def test_intervals_cover_at_their_level(rates, difficulty):
 @pytest.mark.parametrize("difficulty", ["informative", "wrong"])
 def test_calls_keep_their_rate_and_find_something(rates, difficulty):
     for q in (0.1, 0.2):
-        calls = rates.loc[difficulty].loc["selection"][lambda f, q=q: f["q"] == q].iloc[0]
-        assert calls["fdr_low"] <= q
-        assert calls["fdr_target_low"] <= q
-        assert calls["power"] >= 0.4 * calls["power_replicate"]
+        power = {}
+        for test in ("selection", "direction"):
+            calls = rates.loc[difficulty].loc[test][lambda f, q=q: f["q"] == q].iloc[0]
+            assert calls["fdr_low"] <= q
+            assert calls["fdr_target_low"] <= q
+            power[test] = calls["power"]
+        assert power["selection"] >= 0.4 * calls["power_replicate"]
+        assert power["direction"] > power["selection"]
+
+
+def test_a_small_control_group_makes_no_false_directions(monkeypatch):
+    """Predictions and pseudo-targets share a noisy control mean: what agrees with it is no effect."""
+    monkeypatch.setattr("dbdiffusion.inference.simulate.CONTROL_CELLS", 30)
+    for index in range(2):
+        sizes = {"difficulty": "weak", "perturbations": 40, "generator": "useless", "targets": 10, "genes": 100}
+        screen = simulate(rng(5, "control", index), **sizes, null=True)
+        rows = pd.DataFrame(study.screen_rows(screen, InferenceConfig(), 1))
+        assert rows.loc[rows["error_model"] == "direction", "calls"].max() == 0
 
 
 @pytest.mark.parametrize("difficulty", ["informative", "wrong"])

@@ -61,9 +61,20 @@ def test_columns_agree_with_each_other(written):
     called = frame[frame["call"].isin(["up", "down"])]
     assert len(called)
     assert (np.sign(called["lfc"]) == np.where(called["call"] == "up", 1, -1)).all()
-    decides = called["q_selection"].fillna(called["q_t"])
+    decides = called["q_direction"].fillna(called["q_t"])
     assert (decides <= 0.1).all()
     assert frame["lambda"].between(0, 1).all()
+
+
+@pytest.mark.parametrize("test", contracts.TESTS)
+def test_the_chosen_test_makes_the_call(screen, make_fold, tmp_path, test):
+    frame = run(make_fold(tmp_path, screen), calls=test)
+    own = frame[(frame["method"] == "stacked") & (frame["call"] != "no_call")]
+    calibrated = test != "t"
+    assert own["q_direction"].notna().all() == own["q_selection"].notna().all() == calibrated
+    called = own["call"].isin(["up", "down"])
+    assert called.any()
+    assert np.array_equal(called, (own[contracts.TESTS[test]] <= 0.1) & (own["lfc"] != 0))
 
 
 def test_same_input_same_bytes(written, screen, make_fold, tmp_path):

@@ -120,7 +120,7 @@ def _inference(inference: InferenceConfig, splits: SplitsConfig) -> Iterator[Pro
         return
     raise_folds = "set splits.crossfit_folds to 2 or more (3 is usual)"
     for key, bad, published in (
-        ("calls", ("selection",), "t"),
+        ("calls", ("direction", "selection"), "t"),
         ("error_model", ("t", "conformal"), "conservative"),
         ("weight", ("tuned",), "one"),
     ):

@@ -19,8 +19,9 @@ class InferenceConfig(Block):
     perturbations (from 20 of them on, else t); or one of the published errors, for comparison."""
     level: float = Field(0.95, gt=0.5, lt=1)
     """Nominal coverage of intervals."""
-    calls: Literal["selection", "t"] = "selection"
-    """Which test makes the call: conformal selection, or the t test."""
+    calls: Literal["direction", "selection", "t"] = "direction"
+    """Which test makes the call: direction, the gene changes in the predicted direction; conformal selection, an experiment of the
+    screen's size would call it (fewer calls); or the t test."""
     q: float = Field(0.1, gt=0, lt=1)
     """Nominal false discovery rate of calls."""
     fdr: Literal["pooled", "target"] = "pooled"
@@ -29,8 +30,8 @@ class InferenceConfig(Block):
     min_k_eff: float = Field(3.0, ge=1)
     """Fewer effective neighbours: no call."""
     min_confidence: float = Field(0.0, ge=0, le=1)
-    """Targets located with less confidence get no call (beside those that conformal selection itself finds hopeless)."""
+    """Targets located with less confidence get no call (beside those that calibration itself finds hopeless)."""
     max_calibration_pairs: int = Field(200000, ge=1000)
-    """Pseudo-target x gene pairs used by conformal selection."""
+    """Pseudo-target x gene pairs that calibrate calls."""
     de_fdr: float = Field(0.05, gt=0, lt=1)
-    """FDR at which a measured perturbation's own test calls a gene: the label Y that conformal selection predicts."""
+    """FDR at which a measured perturbation's own test calls a gene: what the score of calls is fitted to, and conformal selection's claim."""

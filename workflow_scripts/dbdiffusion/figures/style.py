@@ -41,7 +41,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
     "#D55E00",
     "#CC79A7",
 )
-GREY, LIGHT, DARK = "#8C8C8C", "#D4D4D4", "#4D4D4D"
+GREY, LIGHT, DARK, OLIVE = "#8C8C8C", "#D4D4D4", "#4D4D4D", "#999933"
 
 OBSERVED, PREDICTED, CONTROL, NEIGHBOUR = VERMILLION, BLUE, LIGHT, ORANGE
 CALL_COLOURS = {"up": VERMILLION, "down": BLUE, "none": GREY, "no_call": LIGHT}
@@ -286,6 +286,7 @@ def method_order(methods: Sequence[str]) -> list[str]:
 ERROR_LOOKS = {
     "t": (BLUE, "o"),
     "conformal": (GREEN, "s"),
+    "direction": (OLIVE, ">"),
     "selection": (PURPLE, "D"),
     "cells_only": (ORANGE, "^"),
     "conservative": (VERMILLION, "v"),
@@ -298,6 +299,7 @@ ERROR_LOOKS = {
 ERROR_NAMES = {
     "t": "t",
     "conformal": "conformal",
+    "direction": "direction",
     "selection": "conformal selection",
     "cells_only": "cells only (published)",
     "conservative": "conservative (published)",

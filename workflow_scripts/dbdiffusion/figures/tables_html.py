@@ -139,6 +139,7 @@ DE_COLUMNS = {
     "lfc": "lfc",
     "ci_low": "low",
     "ci_high": "high",
+    "q_direction": "q (direction)",
     "q_selection": "q (selection)",
     "q_t": "q (t)",
     "control_mean": "control mean",
@@ -148,10 +149,15 @@ DE_COLUMNS = {
 }
 
 
-def top_calls(de: pd.DataFrame, method: str, per_target: int) -> pd.DataFrame:
+def deciding_q(rows: pd.DataFrame, test: str) -> pd.Series:
+    """q of the test that makes the call; of the t test where that one did not judge."""
+    return rows[contracts.TESTS[test]].fillna(rows["q_t"])
+
+
+def top_calls(de: pd.DataFrame, method: str, test: str, per_target: int) -> pd.DataFrame:
     """The rows of `method` with the best evidence for each target: called genes first, then by q and |lfc|.
 
-    de: contract `de`. Targets of most calls come first, then those of the smallest q. A target on which the method abstains keeps one
+    de: contract `de`; test: that makes the calls (config inference.calls). Targets of most calls come first, then those of the smallest q. A target on which the method abstains keeps one
     row, which names the reason.
     """
     rows = de[de["method"].astype(str) == method]
@@ -160,7 +166,7 @@ def top_calls(de: pd.DataFrame, method: str, per_target: int) -> pd.DataFrame:
     rows = rows.astype({"fold": str, "target": str, "gene": str, "call": str, "reason": str})
     rows = rows.assign(
         _called=~rows["call"].isin(["up", "down"]),
-        _q=rows["q_selection"].fillna(rows["q_t"]),
+        _q=deciding_q(rows, test),
         _size=-rows["lfc"].abs(),
     ).sort_values(["target", "seed", "fold", "_called", "_q", "_size", "gene"], kind="stable", na_position="last")
     abstained = (rows["call"] == "no_call").groupby(rows["target"]).transform("all")
@@ -172,8 +178,8 @@ def top_calls(de: pd.DataFrame, method: str, per_target: int) -> pd.DataFrame:
     return kept[list(DE_COLUMNS)].rename(columns=DE_COLUMNS).reset_index(drop=True)
 
 
-def calls_in_words(de: pd.DataFrame, method: str, q: float) -> str:
-    """How many genes `method` calls at q; where none, how small its q gets and how many are within twice the q."""
+def calls_in_words(de: pd.DataFrame, method: str, test: str, q: float) -> str:
+    """How many genes `method` calls at q by a test; where none, how small its q gets and how many are within twice the q."""
     rows = de[de["method"].astype(str) == method].astype({"target": str, "gene": str, "call": str})
 
     def counted(kept: pd.Series) -> tuple[int, int]:
@@ -185,7 +191,7 @@ def calls_in_words(de: pd.DataFrame, method: str, q: float) -> str:
     if called.any():
         genes, targets = counted(called)
         return f"{genes:,} calls in {targets:,} of {rows['target'].nunique():,} targets."
-    found = rows["q_selection"].fillna(rows["q_t"]).where(rows["call"] == "none")
+    found = deciding_q(rows, test).where(rows["call"] == "none")
     if found.isna().all():
         return "No target could be tested."
     text = f"No gene is called: the smallest q is {found.min():.1%}."
@@ -228,17 +234,25 @@ def score_summary(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_de_page(
-    *, de: str | Path, out_html: str | Path, method: str = "dbdiffusion", per_target: int = 30, q: float = 0.1, most: int = 6000
+    *,
+    de: str | Path,
+    out_html: str | Path,
+    method: str = "dbdiffusion",
+    test: str = "direction",
+    per_target: int = 30,
+    q: float = 0.1,
+    most: int = 6000,
 ) -> None:
-    """The report's table of calls: the `per_target` best genes of each target (contract `de`), fewer if the page would pass `most` rows."""
+    """The report's table of calls by a test: the `per_target` best genes of each target (contract `de`), fewer if the page would pass `most`
+    rows."""
     table = contracts.DE.read(de)
     per_target = max(1, min(per_target, most // max(1, table["target"].nunique())))
     note = (
         f"Differential expression of each target against control, predicted by {METHOD_NAMES.get(method, method)}; the {per_target} genes "
-        f"with the best evidence per target. lfc: change of mean ln(1 + CP10k), with its interval; calls at a nominal FDR of {q:g}; "
-        f"the full table is tables/de.parquet. {calls_in_words(table, method, q)}"
+        f"with the best evidence per target. lfc: change of mean ln(1 + CP10k), with its interval; calls by the test {test} at a nominal FDR "
+        f"of {q:g}; the full table is tables/de.parquet. {calls_in_words(table, method, test, q)}"
     )
-    write_table_page(top_calls(table, method, per_target), out_html, title="Calls per target", note=note)
+    write_table_page(top_calls(table, method, test, per_target), out_html, title="Calls per target", note=note)
 
 
 def write_score_page(*, scores: str | Path, out_html: str | Path) -> None:

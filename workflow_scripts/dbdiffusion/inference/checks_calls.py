@@ -14,9 +14,11 @@ from dbdiffusion.data.sets import EffectSet, MeanSet
 from dbdiffusion.inference import table
 from dbdiffusion.inference.bands import Rows, fdr_rows, per_target, ratio_row, share_row
 from dbdiffusion.inference.held_out import GENERATOR, RATES, Fold, labels
+from dbdiffusion.inference.selection import FALSE_PER_WRONG, same_direction
 from dbdiffusion.inference.table import Inference
+from dbdiffusion.runtime import contracts
 
-TESTS = {"selection": "q_selection", "t": "q_t"}
+TESTS = contracts.TESTS
 FIXED_WEIGHTS = {"lambda_0": "zero", "lambda_1": "one"}
 """The generator with its weight fixed: no generator at all (neighbour mean), and the published estimator."""
 EQUIVALENT = 0.1
@@ -25,10 +27,11 @@ EQUIVALENT = 0.1
 
 @dataclass(frozen=True)
 class Called:
-    """q of one test (T, G), 1 where a target has no calls, and predicted effects (T, G), 0 where there is none."""
+    """q of one test (T, G), 1 where a target has no calls, predicted effects and their standard errors (T, G), 0 where there are none."""
 
     q: np.ndarray
     effect: np.ndarray
+    se: np.ndarray
 
 
 def called_in_table(fold: Fold, methods: Sequence[str] | None = None) -> Iterator[tuple[str, Called]]:
@@ -41,13 +44,13 @@ def called_in_table(fold: Fold, methods: Sequence[str] | None = None) -> Iterato
         if methods is not None and method not in methods:
             continue
         at = (fold.targets.get_indexer(frame["target"].astype(str)), fold.whole.genes.get_indexer(frame["gene"].astype(str)))
-        effect = np.zeros(shape)
-        effect[at] = frame["lfc"].fillna(0.0)
+        effect, se = np.zeros(shape), np.zeros(shape)
+        effect[at], se[at] = frame["lfc"].fillna(0.0), frame["se"].fillna(0.0)
         for test, column in TESTS.items():
             if frame[column].notna().any():
                 q = np.ones(shape)
                 q[at] = frame[column].where(frame["call"].astype(str) != "no_call").fillna(1.0)
-                yield test if method == fold.default else f"{test}:{method}", Called(q, effect)
+                yield test if method == fold.default else f"{test}:{method}", Called(q, effect, se)
 
 
 def called_by_default(fold: Fold) -> dict[str, Called]:
@@ -56,28 +59,27 @@ def called_by_default(fold: Fold) -> dict[str, Called]:
 
 
 def called_again(fold: Fold, config: InferenceConfig, seed: int) -> Iterator[tuple[str, Called]]:
-    """What `de.parquet` does not hold: the generator with weight 0 and 1, and conformal selection for the predictors called by t."""
+    """What `de.parquet` does not hold: the generator with weight 0 and 1, and calibrated calls of the predictors called by t."""
     inference = fold.inference
     for label in FIXED_WEIGHTS if GENERATOR in inference.predictors else ():
         again = generator_at(fold, inference.predictors[GENERATOR].means, label, config, seed)
         yield from ((f"{test}:{label}", found) for test, found in called_from(fold, again, GENERATOR).items())
     for method in inference.methods:
-        if method not in inference.selectors and config.calls == "selection":
+        if method not in inference.selectors and config.calls != "t":
             found = called_from(fold, with_selector(inference, method, seed), method)
-            if "selection" in found:
-                yield f"selection:{method}", found["selection"]
+            yield from ((f"{test}:{method}", found[test]) for test in found if test != "t")
 
 
 def generator_at(fold: Fold, means: MeanSet, label: str, config: InferenceConfig, seed: int) -> Inference:
-    """Inference from the generator alone at one of the fixed weights, with conformal selection where the config asks for it."""
+    """Inference from the generator alone at one of the fixed weights, with calibrated calls where the config asks for them."""
     fixed = config.model_copy(update={"weight": FIXED_WEIGHTS[label]})
     inference = table.infer(fold.inference.screen.effects, fold.inference.locations, {GENERATOR: means}, fixed, seed, select=False)
     return with_selector(inference, GENERATOR, seed)
 
 
 def with_selector(inference: Inference, method: str, seed: int) -> Inference:
-    """The same inference with conformal selection for a method that is called by t, where the config asks for selection at all."""
-    if inference.config.calls != "selection":
+    """The same inference with calibrated calls of a method that is called by t, where the config asks for them at all."""
+    if inference.config.calls == "t":
         return inference
     return replace(inference, selectors={**inference.selectors, method: table.fit_selectors(inference, method, seed)})
 
@@ -85,22 +87,22 @@ def with_selector(inference: Inference, method: str, seed: int) -> Inference:
 def called_from(fold: Fold, inference: Inference, method: str) -> dict[str, Called]:
     """Calls on the fold's targets by test, from an inference of its own."""
     shape = fold.whole.effect.shape
-    effect, q = np.zeros(shape), {test: np.ones(shape) for test in TESTS}
+    effect, se, q = np.zeros(shape), np.zeros(shape), {test: np.ones(shape) for test in TESTS}
     made = dict.fromkeys(TESTS, False)
     for result in table.results(inference, method, fold.targets):
         at = fold.targets.get_indexer(result.targets)
-        effect[at] = np.nan_to_num(result.columns["lfc"])
+        effect[at], se[at] = np.nan_to_num(result.columns["lfc"]), np.nan_to_num(result.columns["se"])
         silent = (result.reason != "")[:, None]
         for test, column in TESTS.items():
             values = result.columns[column]
             q[test][at] = np.where(silent | np.isnan(values), 1.0, values)
             made[test] |= bool(np.isfinite(values).any())
-    return {test: Called(q[test], effect) for test in TESTS if made[test]}
+    return {test: Called(q[test], effect, se) for test in TESTS if made[test]}
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of one test at one rate in a fold, by target: calls and right ones (T,); calls with a sign to compare, and wrong ones
+    """Counts of one test at one rate in a fold, by target: calls and right ones (T,), as `right_calls` counts them; calls with a sign to compare, and wrong ones
     of these (T,); true genes of half B, and those that are called (H,)."""
 
     calls: np.ndarray
@@ -111,19 +113,32 @@ class Tally:
     found: np.ndarray
 
 
-def _tally(fold: Fold, made: Called, q: float, whole: np.ndarray, half_b: np.ndarray) -> Tally:
+def right_calls(fold: Fold, test: str, made: Called, q: float, whole: np.ndarray) -> np.ndarray:
+    """How many calls of each target (T,) are right by the claim of their test, TEST or TEST:PREDICTOR, as its held-out cells tell.
+
+    whole: genes (T, G) that the cells' own test calls, for the claim that they do. Calls of direction have two false ones for each
+    with the wrong observed direction, so that their number of right ones may be below 0.
+    """
+    called = made.q <= q
+    if not test.startswith("direction"):
+        return (called & whole).sum(1)
+    wrong = called & ~same_direction(made.effect, fold.whole.effect, made.se**2, fold.inference.screen.control_sampling)
+    return called.sum(1) - FALSE_PER_WRONG * wrong.sum(1)
+
+
+def _tally(fold: Fold, test: str, made: Called, q: float, whole: np.ndarray, half_b: np.ndarray) -> Tally:
     called = made.q <= q
     signed, turned = signs(made, q, fold.whole.effect)
     found = called[fold.rows_halved] & half_b
-    return Tally(called.sum(1), (called & whole).sum(1), signed, turned, half_b.sum(1), found.sum(1))
+    return Tally(called.sum(1), right_calls(fold, test, made, q, whole), signed, turned, half_b.sum(1), found.sum(1))
 
 
 def calls(folds: Sequence[Fold], config: InferenceConfig, seed: int) -> Rows:
     """FDR, power and sign errors of calls at several nominal rates, beside the replicate.
 
     Truth is the held-out cells' own test (BH at config.de_fdr): all of them for `fdr` (what is claimed is what such an
-    experiment would call), half B for power and the replicate, where half A's own calls stand for the prediction. Methods:
-    `selection` and `t` for the default prediction, TEST:PREDICTOR for the others, with `lambda_0` and `lambda_1` the generator
+    experiment would call), half B for power and the replicate, where half A's own calls stand for the prediction; but `fdr` of
+    `direction` is twice the share of calls whose observed direction is wrong. Methods: `direction`, `selection` and `t` for the default prediction, TEST:PREDICTOR for the others, with `lambda_0` and `lambda_1` the generator
     at a fixed weight.
     """
     tallies: dict[tuple[str, float], list[Tally]] = defaultdict(list)
@@ -135,7 +150,7 @@ def calls(folds: Sequence[Fold], config: InferenceConfig, seed: int) -> Rows:
             replicate.append((fold.half_a, half_b))
         for test, made in chain(called_again(fold, config, seed), called_in_table(fold)):
             for q in RATES:
-                tallies[test, q].append(_tally(fold, made, q, whole, half_b))
+                tallies[test, q].append(_tally(fold, test, made, q, whole, half_b))
     rows: Rows = []
     for q in RATES:
         for test in sorted({name for name, _ in tallies}):

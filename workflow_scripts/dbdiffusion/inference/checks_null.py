@@ -21,13 +21,12 @@ from dbdiffusion.inference.bands import (
     Rows,
     binomial_band,
     fdr_rows,
-    per_target,
     quantile_rows,
     ratio_row,
     row,
     thinned,
 )
-from dbdiffusion.inference.checks_calls import TESTS, called_from
+from dbdiffusion.inference.checks_calls import TESTS, called_from, right_calls
 from dbdiffusion.inference.debias import Queries
 from dbdiffusion.inference.held_out import RATES, Fold, default_method, labels
 from dbdiffusion.perturbations.effects import MIN_CELLS, control_weights
@@ -143,7 +142,7 @@ def shuffled_effects(folds: Sequence[Fold], config: InferenceConfig, seed: int) 
     they are. The calls made on the targets are judged by the targets' own cells as in `fdr`: a valid procedure makes
     (almost) none, and keeps its rate if it does.
     """
-    called: dict[str, list] = {test: [] for test in TESTS}
+    made: dict[str, list] = {test: [] for test in TESTS}
     for fold in folds:
         effects = fold.inference.screen.effects
         order = rng(seed, "permutation", fold.name).permutation(len(effects.perturbations))
@@ -152,14 +151,16 @@ def shuffled_effects(folds: Sequence[Fold], config: InferenceConfig, seed: int) 
         again = table.infer(replace(effects, **values), fold.inference.locations, means, config, seed)
         truth = labels(fold.whole, config.de_fdr)
         for test, found in called_from(fold, again, fold.default).items():
-            called[test].append((found.q, truth))
+            made[test].append((fold, found, truth))
     rows: Rows = []
     for q in RATES:
-        for test, found in called.items():
-            if found:
-                pairs = [(values <= q, y) for values, y in found]
-                rows += fdr_rows("shuffled_effects_fdr", test, q, *per_target(pairs)[:2])
-                rows.append(share_called("shuffled_effects_calls", test, q, [c for c, _ in pairs]))
+        for test, parts in made.items():
+            if parts:
+                called = [found.q <= q for _, found, _ in parts]
+                right = [right_calls(fold, test, found, q, truth) for fold, found, truth in parts]
+                calls = np.concatenate([c.sum(1) for c in called])
+                rows += fdr_rows("shuffled_effects_fdr", test, q, calls, np.concatenate(right))
+                rows.append(share_called("shuffled_effects_calls", test, q, called))
     return rows
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from dbdiffusion.data.sets import EffectSet
 from dbdiffusion.data.simulate import TRUTH
 from dbdiffusion.inference.bands import PER_TARGET, Rows, fdr_rows, mean_row, per_target, ratio_row
 from dbdiffusion.inference.checks_calls import TESTS, Called, called_by_default, signs
@@ -39,8 +40,8 @@ class Truth:
 def against_truth(folds: Sequence[Fold], truth: Truth) -> Rows:
     """Calls of genes that are not affected, wrong signs, and coverage of the true effect by the reported intervals of lfc.
 
-    `fdr_truth`, `sign_error_truth`: methods `selection` and `t` of the default prediction, and `replicate`, the calls of half A
-    of the target's own cells. `coverage_truth`: by error model and level, of all genes and of those that are affected or not.
+    `fdr_truth`, `sign_error_truth`: methods `direction`, `selection` and `t` of the default prediction, and `replicate`, the calls of
+    half A of the target's own cells; in `fdr_truth` a call of `direction` with the wrong sign is false too. `coverage_truth`: by error model and level, of all genes and of those that are affected or not.
     """
     effects, affected = zip(*(truth.of(fold) for fold in folds), strict=True)
     called = [called_by_default(fold) for fold in folds]
@@ -49,16 +50,21 @@ def against_truth(folds: Sequence[Fold], truth: Truth) -> Rows:
     for q in RATES:
         made = {test: [(f[test], e) for f, e in zip(called, real, strict=True) if test in f] for test in TESTS}
         made["replicate"] = [
-            (Called(np.where(labels(fold.half_a, q), 0.0, 1.0), fold.half_a.effect), e[fold.rows_halved])
-            for fold, e in zip(folds, real, strict=True)
-            if fold.half_a is not None
+            (_replicate(fold.half_a, q), e[fold.rows_halved]) for fold, e in zip(folds, real, strict=True) if fold.half_a is not None
         ]
         for test, pairs in made.items():
             if pairs:
-                rows += fdr_rows("fdr_truth", test, q, *per_target([(c.q <= q, e != 0) for c, e in pairs])[:2])
+                right = [(c.effect * e > 0) if test == "direction" else (e != 0) for c, e in pairs]
+                judged = [(c.q <= q, y) for (c, _), y in zip(pairs, right, strict=True)]
+                rows += fdr_rows("fdr_truth", test, q, *per_target(judged)[:2])
                 signed, turned = (np.concatenate(part) for part in zip(*(signs(c, q, e) for c, e in pairs), strict=True))
                 rows.append(ratio_row("sign_error_truth", test, q, turned, signed))
     return rows + _coverage(folds, effects, affected)
+
+
+def _replicate(half: EffectSet, q: float) -> Called:
+    """Calls of a half of the cells by its own test."""
+    return Called(np.where(labels(half, q), 0.0, 1.0), half.effect, half.se)
 
 
 def _coverage(folds: Sequence[Fold], effects: Sequence[np.ndarray], affected: Sequence[np.ndarray]) -> Rows:

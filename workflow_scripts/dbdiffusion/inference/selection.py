@@ -1,7 +1,14 @@
-"""Calls by conformal selection (Jin and Candes 2023): which genes would an experiment on the target call?
+"""Calls calibrated on pseudo-targets, which have both a prediction, made without their cells, and what their own cells say.
 
-The claim for target t and gene j is Y_tj = "the cells of an experiment on t, as large as those of the screen, would call j
-differentially expressed". Pseudo-targets have both the prediction, made without their cells, and Y from their own cells.
+Two claims about target t and gene j, in the order of one score:
+
+direction: t changes the mean of j, in the predicted direction. Of no effect, and of noise that is as often positive as
+negative, an observed effect has the predicted direction half of the time. So calls of pseudo-targets with the wrong observed
+direction, counted twice, are no fewer in expectation than calls without a true effect in that direction: a bound that needs no
+test of single genes to have power, as in the selection by signs of Barber and Candes (2015).
+
+selection: an experiment on t, as large as those of the screen, would call j differentially expressed (conformal selection, Jin
+and Candes 2023). It is harder: where cells are few such an experiment misses most of the genes that change.
 """
 
 from __future__ import annotations
@@ -115,6 +122,22 @@ def features(screen: Screen, queries: Queries, found: Estimate, views: list[np.n
     return Features(pair, np.column_stack(target).astype(np.float32))
 
 
+FALSE_PER_WRONG = 2.0
+"""False directions for each that is seen: where nothing changes, half of the observed directions are right by chance."""
+
+
+def same_direction(effect: np.ndarray, observed: np.ndarray, total: np.ndarray, control: np.ndarray) -> np.ndarray:
+    """Whether observed effects have the direction of predicted ones, all (R, G).
+
+    total: error variance of the predictions (R, G), that of the control mean (G,) included. Both effects are differences to this
+    mean, whose error would make them agree where nothing changes. Where there is no effect, the share control / total of a
+    prediction is the control's error in expectation: so much is taken off the observation. Without a predicted direction nothing agrees.
+    """
+    known = (total > 0) & (total >= control)
+    shared = np.divide(np.broadcast_to(control, total.shape), total, out=np.ones(total.shape), where=known)
+    return (observed - shared * effect) * np.sign(effect) > 0
+
+
 LEVELS = np.geomspace(0.001, 1.0, 200)
 """Levels of Benjamini-Hochberg at which the error of pseudo-targets is measured (fdr `target`)."""
 
@@ -146,7 +169,7 @@ class Selector:
     coefficients (1 + F + T + EVIDENCE T,): log odds of Y, intercept first; min_confidence: of targets with calls; null: out-of-fold
     scores of the calibration pairs with Y = 0; extra, pairs: weight of the target's own pair and of all calibration pairs;
     unit: `pooled` or `target`; curve: thresholds (of the score, or of the target's Benjamini-Hochberg q) and the nominal rate
-    at which they are allowed.
+    at which they are allowed; directions: thresholds of the score and the rate of false directions.
     """
 
     coefficients: np.ndarray
@@ -156,6 +179,7 @@ class Selector:
     pairs: float
     unit: str
     curve: tuple[np.ndarray, np.ndarray]
+    directions: tuple[np.ndarray, np.ndarray]
 
     def score(self, x: Features) -> np.ndarray:
         """Log odds (R, G) that an experiment would call the pair."""
@@ -166,13 +190,23 @@ class Selector:
         return np.minimum((self.extra + self.null.above(scores)) / (self.extra + self.pairs), 1.0)
 
     def q_values(self, scores: np.ndarray) -> np.ndarray:
-        """The smallest nominal rate at which each pair (R, G) is called; the better the score, the smaller."""
-        grid, q = self.curve
+        """The smallest nominal rate at which each pair (R, G) is selected; the better the score, the smaller."""
         if self.unit == "pooled":
-            at = np.searchsorted(grid, scores, side="right") - 1
-            return np.where(at >= 0, q[np.maximum(at, 0)], 1.0)
+            return _rate(self.curve, scores)
+        grid, q = self.curve
         at = np.searchsorted(grid, benjamini_hochberg(self.p_values(scores)), side="left")
         return np.where(at < len(grid), q[np.minimum(at, len(grid) - 1)], 1.0)
+
+    def q_directions(self, scores: np.ndarray) -> np.ndarray:
+        """The smallest nominal rate at which each pair (R, G) is called with its direction."""
+        return _rate(self.directions, scores)
+
+
+def _rate(curve: tuple[np.ndarray, np.ndarray], scores: np.ndarray) -> np.ndarray:
+    """Rate of the largest threshold that scores pass, 1 where they pass none."""
+    grid, q = curve
+    at = np.searchsorted(grid, scores, side="right") - 1
+    return np.where(at >= 0, q[np.maximum(at, 0)], 1.0)
 
 
 MAX_WEIGHT = 5.0
@@ -198,14 +232,17 @@ def confidence_weights(pseudo: np.ndarray, targets: np.ndarray) -> tuple[np.ndar
     return weights[: len(pseudo)], float(weights.max())
 
 
-def pooled_curve(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray, most: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def pooled_curve(
+    scores: np.ndarray, labels: np.ndarray, weights: np.ndarray, most: float = 1.0, count: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Thresholds (ascending) and the false discovery rate of `call all pairs with a score at least that`.
 
     The larger of two estimates from the K pseudo-targets (rows, with weights w), each with one error more than was seen, of
     weight m (`most`): pooled, (m + sum w false calls) / (sum w calls): conformal p-values with Benjamini-Hochberg over a
     population of targets; per target, (m + sum w false discovery proportions) / (m + sum w): the conformal risk control
     bound (Angelopoulos et al. 2024), for which the perturbation is the unit and dependence between its genes does not matter.
-    Each threshold has the least rate among itself and looser ones, as in the step-up procedure.
+    Each threshold has the least rate among itself and looser ones, as in the step-up procedure. count: false calls that each
+    call without its label stands for, the further error's too.
     """
     n_genes = scores.shape[1]
     flat = scores.ravel()
@@ -213,7 +250,7 @@ def pooled_curve(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray, mo
     false, owner = ~labels.ravel()[order], order // n_genes
     pooled = (most + np.cumsum(weights[owner] * false)) / np.cumsum(weights[owner])
     per_target = (most + _running_fdp(owner, false, weights)) / (most + weights.sum())
-    rate = np.minimum(np.maximum(pooled, per_target), 1.0)
+    rate = np.minimum(count * np.maximum(pooled, per_target), 1.0)
     ends = np.append(flat[order][1:] < flat[order][:-1], True)
     q = np.minimum.accumulate(rate[ends][::-1])
     return flat[order][ends][::-1], q
@@ -324,12 +361,14 @@ def ridge_logistic(x: np.ndarray, y: np.ndarray, penalty: np.ndarray) -> np.ndar
 
 @dataclass(frozen=True)
 class Scored:
-    """Pseudo-targets scored out of fold: coefficients of the score of targets; scores and labels (K, G), location confidence (K,)."""
+    """Pseudo-targets scored out of fold: coefficients of the score of targets; scores and labels (K, G), location confidence (K,);
+    agrees: whether their cells show the predicted direction (K, G)."""
 
     coefficients: np.ndarray
     scores: np.ndarray
     labels: np.ndarray
     confidence: np.ndarray
+    agrees: np.ndarray
 
     def calibrated(self, unit: str, q: float, targets: np.ndarray | None = None) -> Selector:
         """The selector that aims to hold q; unit: `pooled` or `target`; targets: location confidence (T,) of the targets where
@@ -346,11 +385,12 @@ class Scored:
             weights, most = confidence_weights(self.confidence[kept], targets[targets >= least])
         curve = (pooled_curve if unit == "pooled" else target_curve)(scores, labels, weights, most)
         null = _Null.of(scores, labels, weights)
-        return Selector(self.coefficients, least, null, most, weights.sum() * scores.shape[1], unit, curve)
+        directions = pooled_curve(scores, self.agrees[kept], weights, most, FALSE_PER_WRONG)
+        return Selector(self.coefficients, least, null, most, weights.sum() * scores.shape[1], unit, curve, directions)
 
 
-def fit_scores(x: Features, labels: np.ndarray, folds: np.ndarray, pairs: int, random: np.random.Generator) -> Scored:
-    """Fit scores on the features and labels (K, G) of pseudo-targets, out of fold.
+def fit_scores(x: Features, labels: np.ndarray, agrees: np.ndarray, folds: np.ndarray, pairs: int, random: np.random.Generator) -> Scored:
+    """Fit scores on the features and labels (K, G) of pseudo-targets, out of fold; agrees (K, G): as in `Scored`.
 
     Scores of pseudo-targets come from a fit without their fold; those of targets from the mean of the fits. pairs: at most
     so many pairs, the same genes for every pseudo-target.
@@ -359,7 +399,7 @@ def fit_scores(x: Features, labels: np.ndarray, folds: np.ndarray, pairs: int, r
     per_target = max(1, min(n_genes, pairs // n_targets))
     if per_target < n_genes:
         genes = np.sort(random.permutation(n_genes)[:per_target])
-        x, labels = Features(x.pair[:, genes], x.target), labels[:, genes]
+        x, labels, agrees = Features(x.pair[:, genes], x.target), labels[:, genes], agrees[:, genes]
     scores = np.empty(labels.shape)
     every = []
     folds = folds % SCORE_FOLDS
@@ -369,7 +409,7 @@ def fit_scores(x: Features, labels: np.ndarray, folds: np.ndarray, pairs: int, r
         thin = np.arange(0, labels.shape[1], max(1, len(rest) * labels.shape[1] // FIT_PAIRS))
         every.append(_log_odds(Features(x.pair[np.ix_(rest, thin)], x.target[rest]), labels[np.ix_(rest, thin)]))
         scores[out] = score(every[-1], x.rows(out))
-    return Scored(np.mean(every, axis=0), scores, labels, x.target[:, TARGET_FEATURES.index("confidence")])
+    return Scored(np.mean(every, axis=0), scores, labels, x.target[:, TARGET_FEATURES.index("confidence")], agrees)
 
 
 def _confident(scores: np.ndarray, labels: np.ndarray, confidence: np.ndarray, q: float) -> np.ndarray:

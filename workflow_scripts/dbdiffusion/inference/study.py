@@ -77,7 +77,7 @@ def screen_rows(screen: Simulated, config: InferenceConfig, seed: int) -> list[d
     outside every programme, coverage_strongest: of each target's genes of strongest predicted effect; width: its mean width. Nine genes
     in ten do not change at all and are hardly ever missed, so that coverage says little of the others; coverage_observed is what can be
     seen on real data, the share of experiment B's effects that lie in an interval widened by their sampling error. Calls are judged by
-    experiment B of each target (same size as the screen's others): fdr: false among all calls on the screen's targets (0 without calls),
+    experiment B of each target (same size as the screen's others), those of `direction` by the sign of the true effect: fdr: false among all calls on the screen's targets (0 without calls),
     fdr_target: mean over targets of the false share of their calls, fdr_outside: fdr_target of targets outside every programme; power:
     share of B's calls found, power_replicate: by experiment A at the same rate; power_ceiling: by the typical effects of the targets'
     programmes, if they were known, cut where the false share is q in truth: what no location can exceed where the generator knows nothing.
@@ -130,11 +130,15 @@ def _call_rows(screen: Simulated, inference: table.Inference, queries: Queries, 
         silent = (result.reason != "")[:, None]
         by_test[name] = np.where(silent, 1.0, result.columns["q_selection"])
         by_test["t"] = np.where(silent, 1.0, result.columns["q_t"])
+        by_test["direction"] = np.where(silent, 1.0, result.columns["q_direction"])
+    turned = result.columns["lfc"] * screen.truth <= 0
     for q in RATES:
         replicate = ttest.de_labels(one.effect, one.se, one.n_cells, q)
         for test, values in by_test.items():
             powers = {"power_replicate": _power(replicate, truth), "power_ceiling": _power(best_calls(ideal, truth, q), truth)}
-            yield {"error_model": test, "q": q, **_judged(values <= q, truth, screen.outside), **powers}
+            called = values <= q
+            false = called & (turned if test == "direction" else ~truth)
+            yield {"error_model": test, "q": q, **_judged(called, false, truth, screen.outside), **powers}
 
 
 def best_calls(score: np.ndarray, truth: np.ndarray, q: float) -> np.ndarray:
@@ -152,10 +156,9 @@ def _power(called: np.ndarray, truth: np.ndarray) -> float:
     return float((called & truth).sum() / truth.sum()) if truth.any() else np.nan
 
 
-def _judged(called: np.ndarray, truth: np.ndarray, outside: np.ndarray) -> dict[str, float]:
+def _judged(called: np.ndarray, false: np.ndarray, truth: np.ndarray, outside: np.ndarray) -> dict[str, float]:
     count = called.sum(1)
-    false = (called & ~truth).sum(1)
-    share = false / np.maximum(count, 1)
+    share = false.sum(1) / np.maximum(count, 1)
     return {
         "fdr": float(false.sum() / max(count.sum(), 1)),
         "fdr_target": float(share.mean()),

@@ -26,7 +26,7 @@ STACKED = "stacked"
 NOT_STACKED = ("control", "permuted")
 """Baselines that say nothing of the target: the stack has `no change` of its own, and the permuted one is a negative control."""
 SELECTED = (STACKED, "dbdiffusion")
-"""Methods with conformal selection; the others are called by the t test."""
+"""Methods with calibrated calls (direction, selection); the others are called by the t test."""
 NORMAL_DF = 1e4
 
 
@@ -94,7 +94,7 @@ def infer(
     """Learn weights, variances and scores from the pseudo-targets of a fold, for every method and for the stack.
 
     effects: training perturbations; locations: targets and pseudo-targets over them; means: predictions by method; select: whether to
-    fit conformal selection; drawn: whether the targets were drawn from the perturbations as the pseudo-targets were. If somebody
+    calibrate calls; drawn: whether the targets were drawn from the perturbations as the pseudo-targets were. If somebody
     chose them, pseudo-targets are weighted to be located with the targets' confidence.
     """
     screen = Screen.of(effects, config.de_fdr)
@@ -110,14 +110,14 @@ def infer(
         variates = {STACKED: (*forms, Variate(None, "raw")), **variates}
     models = {name: debias.fit_kinds(screen, locations, pseudo, v, config) for name, v in variates.items()}
     inference = Inference(screen, locations, pseudo, predictors, variates, models, {}, config)
-    if select and config.calls == "selection":
+    if select and config.calls != "t":
         for method in [m for m in SELECTED if m in variates]:
             inference.selectors[method] = fit_selectors(inference, method, seed, drawn)
     return inference
 
 
 def fit_selectors(inference: Inference, method: str, seed: int, drawn: bool = True) -> dict[str, selection.Selector]:
-    """Conformal selection for every kind of query that has pseudo-targets, by kind; drawn: as in `infer`."""
+    """Calibrated calls for every kind of query that has pseudo-targets, by kind; drawn: as in `infer`."""
     config, info = inference.config, inference.locations.info
     out = {}
     for kind, scored in score_pseudo_targets(inference, method, seed).items():
@@ -134,12 +134,15 @@ def score_pseudo_targets(inference: Inference, method: str, seed: int) -> dict[s
         pseudo = inference.pseudo[kind]
         if not model.calibrated or int(pseudo.folds.max()) == 0:
             continue
-        found = cross_predictions(inference, method, kind).estimate
+        cross = cross_predictions(inference, method, kind)
+        found = cross.estimate
         views = inference.views(method, pseudo.queries, "pseudo")
         x = selection.features(inference.screen, pseudo.queries, found, views, pseudo.at)
         random = rng(seed, "inference", "selection", method, kind)
         labels = inference.screen.labels[pseudo.at]
-        out[kind] = selection.fit_scores(x, labels, pseudo.folds, inference.config.max_calibration_pairs, random)
+        control = inference.screen.control_sampling
+        agrees = selection.same_direction(found.effect, cross.observed, found.variance + control, control)
+        out[kind] = selection.fit_scores(x, labels, agrees, pseudo.folds, inference.config.max_calibration_pairs, random)
     return out
 
 
@@ -153,7 +156,7 @@ def cross_predictions(inference: Inference, method: str, kind: str = "single") -
 
 @dataclass(frozen=True)
 class Result:
-    """Targets x genes (R, G) of one method: effect, se, df, ci_low, ci_high, p_t, q_t, p_selection, q_selection, weight;
+    """Targets x genes (R, G) of one method: effect, se, df, ci_low, ci_high, p_t, q_t, p_selection, q_selection, q_direction, weight;
     reason (R,): why a target has no calls."""
 
     targets: pd.Index
@@ -181,6 +184,7 @@ def predict(inference: Inference, method: str, queries: Queries, kind: str) -> R
         "q_t": ttest.benjamini_hochberg(p),
         "p_selection": np.full(se.shape, np.nan),
         "q_selection": np.full(se.shape, np.nan),
+        "q_direction": np.full(se.shape, np.nan),
         "lambda": np.clip(found.weight, 0.0, 1.0),
     }
     selector = inference.selectors.get(method, {}).get(kind)
@@ -188,8 +192,9 @@ def predict(inference: Inference, method: str, queries: Queries, kind: str) -> R
         x = selection.features(screen, queries, found, inference.views(method, queries, "target"))
         scores = selector.score(x)
         values["p_selection"], values["q_selection"] = selector.p_values(scores), selector.q_values(scores)
+        values["q_direction"] = np.where(found.effect == 0, 1.0, selector.q_directions(scores))
     reason = _reasons(inference, queries, kind, 0.0 if selector is None else selector.min_confidence)
-    decides = values["q_t"] if selector is None else values["q_selection"]
+    decides = values["q_t" if selector is None else contracts.TESTS[config.calls]]
     call = np.where(decides <= config.q, np.where(found.effect > 0, "up", "down"), "none")
     call = np.where((found.effect == 0) & (call != "none"), "none", call)
     call = np.where((reason != "")[:, None], "no_call", call)
@@ -249,7 +254,7 @@ def results(inference: Inference, method: str, targets: pd.Index) -> Iterator[Re
         shape = (len(lost), len(inference.screen.effects.genes))
         empty = {
             name: np.full(shape, np.nan)
-            for name in ("lfc", "se", "df", "ci_low", "ci_high", "p_t", "q_t", "p_selection", "q_selection", "lambda")
+            for name in ("lfc", "se", "df", "ci_low", "ci_high", "p_t", "q_t", "p_selection", "q_selection", "q_direction", "lambda")
         }
         reasons = np.array([f"not_locatable: {r}".rstrip(": ") for r in info.loc[lost, "reason"]], dtype=object)
         yield Result(lost, info.loc[lost], empty, np.full(shape, "no_call", dtype=object), reasons)
@@ -300,7 +305,7 @@ def write_de(
 
     Methods are those given and, with weight `tuned` and pseudo-targets, `stacked`: all predictors but `control` and
     `permuted` as control variates. `stacked` and `dbdiffusion` are called by `config.calls`, the others by the t test
-    (p_selection is missing for them). Targets that cannot be located keep a row per gene, with call `no_call`.
+    (what is calibrated is missing for them). Targets that cannot be located keep a row per gene, with call `no_call`.
 
     Raises UserError when a predictor's genes are not the panel's, or when no target is there to predict.
     """

@@ -217,6 +217,9 @@ MEANS = Table(
     ("perturbation", "gene"),
 )
 
+TESTS = {"direction": "q_direction", "selection": "q_selection", "t": "q_t"}
+"""Column of contract `de` that makes the call, by test (config inference.calls)."""
+
 DE = Table(
     "de",
     "Differential expression of every target against control, per method.",
@@ -235,14 +238,15 @@ DE = Table(
         C("ci_high", "float", LOG_UNIT, "upper end of the interval of lfc", missing=True),
         C("p_t", "float", "", "two-sided p of lfc against 0, the target's strength taken as known", missing=True),
         C("q_t", "float", "", "Benjamini-Hochberg over the target's genes", missing=True),
-        C("p_selection", "float", "", "conformal p of `an experiment would call this gene`", missing=True),
         C(
-            "q_selection",
+            "q_direction",
             "float",
             "",
-            "false discovery rate of calling all genes at least as strong, from pseudo-targets",
+            "false discovery rate of `this gene changes, in the direction of lfc` for all genes of at least as good a score",
             missing=True,
         ),
+        C("p_selection", "float", "", "conformal p of `an experiment would call this gene`", missing=True),
+        C("q_selection", "float", "", "false discovery rate of that claim for all genes of at least as good a score", missing=True),
         C("call", "str", "", "up, down, none or no_call", choices=CALLS),
         C("reason", "str", "", "why there is no call, else empty"),
         C("lambda", "float", "0-1", "weight of the predictor", missing=True),
