@@ -34,4 +34,5 @@ class InferenceConfig(Block):
     max_calibration_pairs: int = Field(200000, ge=1000)
     """Pseudo-target x gene pairs that calibrate calls."""
     de_fdr: float = Field(0.05, gt=0, lt=1)
-    """FDR at which a measured perturbation's own test calls a gene: what the score of calls is fitted to, and conformal selection's claim."""
+    """FDR at which a measured perturbation's own test calls a gene: the label that the score of calls is fitted to, and that conformal
+    selection predicts."""

@@ -157,8 +157,8 @@ def deciding_q(rows: pd.DataFrame, test: str) -> pd.Series:
 def top_calls(de: pd.DataFrame, method: str, test: str, per_target: int) -> pd.DataFrame:
     """The rows of `method` with the best evidence for each target: called genes first, then by q and |lfc|.
 
-    de: contract `de`; test: that makes the calls (config inference.calls). Targets of most calls come first, then those of the smallest q. A target on which the method abstains keeps one
-    row, which names the reason.
+    de: contract `de`; test: that makes the calls (config inference.calls). Targets of most calls come first, then those
+    of the smallest q. A target on which the method abstains keeps one row, which names the reason.
     """
     rows = de[de["method"].astype(str) == method]
     if rows.empty:
@@ -243,14 +243,14 @@ def write_de_page(
     q: float = 0.1,
     most: int = 6000,
 ) -> None:
-    """The report's table of calls by a test: the `per_target` best genes of each target (contract `de`), fewer if the page would pass `most`
-    rows."""
+    """The report's table of calls by a test: the `per_target` best genes of each target (contract `de`), fewer if the page would pass
+    `most` rows."""
     table = contracts.DE.read(de)
     per_target = max(1, min(per_target, most // max(1, table["target"].nunique())))
     note = (
         f"Differential expression of each target against control, predicted by {METHOD_NAMES.get(method, method)}; the {per_target} genes "
-        f"with the best evidence per target. lfc: change of mean ln(1 + CP10k), with its interval; calls by the test {test} at a nominal FDR "
-        f"of {q:g}; the full table is tables/de.parquet. {calls_in_words(table, method, test, q)}"
+        f"with the best evidence per target. lfc: change of mean ln(1 + CP10k), with its interval; calls by the test {test} "
+        f"at a nominal FDR of {q:g}; the full table is tables/de.parquet. {calls_in_words(table, method, test, q)}"
     )
     write_table_page(top_calls(table, method, test, per_target), out_html, title="Calls per target", note=note)
 

@@ -102,8 +102,8 @@ def called_from(fold: Fold, inference: Inference, method: str) -> dict[str, Call
 
 @dataclass(frozen=True)
 class Tally:
-    """Counts of one test at one rate in a fold, by target: calls and right ones (T,), as `right_calls` counts them; calls with a sign to compare, and wrong ones
-    of these (T,); true genes of half B, and those that are called (H,)."""
+    """Counts of one test at one rate in a fold, by target: calls and right ones (T,), as `right_calls` counts them; calls with
+    a sign to compare, and wrong ones of these (T,); true genes of half B, and those that are called (H,)."""
 
     calls: np.ndarray
     right: np.ndarray
@@ -138,8 +138,8 @@ def calls(folds: Sequence[Fold], config: InferenceConfig, seed: int) -> Rows:
 
     Truth is the held-out cells' own test (BH at config.de_fdr): all of them for `fdr` (what is claimed is what such an
     experiment would call), half B for power and the replicate, where half A's own calls stand for the prediction; but `fdr` of
-    `direction` is twice the share of calls whose observed direction is wrong. Methods: `direction`, `selection` and `t` for the default prediction, TEST:PREDICTOR for the others, with `lambda_0` and `lambda_1` the generator
-    at a fixed weight.
+    `direction` is twice the share of calls whose observed direction is wrong. Methods: `direction`, `selection` and `t` for the
+    default prediction, TEST:PREDICTOR for the others, with `lambda_0` and `lambda_1` the generator at a fixed weight.
     """
     tallies: dict[tuple[str, float], list[Tally]] = defaultdict(list)
     replicate: list[tuple[EffectSet, np.ndarray]] = []

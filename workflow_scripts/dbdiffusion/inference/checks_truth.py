@@ -41,7 +41,8 @@ def against_truth(folds: Sequence[Fold], truth: Truth) -> Rows:
     """Calls of genes that are not affected, wrong signs, and coverage of the true effect by the reported intervals of lfc.
 
     `fdr_truth`, `sign_error_truth`: methods `direction`, `selection` and `t` of the default prediction, and `replicate`, the calls of
-    half A of the target's own cells; in `fdr_truth` a call of `direction` with the wrong sign is false too. `coverage_truth`: by error model and level, of all genes and of those that are affected or not.
+    half A of the target's own cells; in `fdr_truth` a call of `direction` with the wrong sign is false too. `coverage_truth`: by error
+    model and level, of all genes and of those that are affected or not.
     """
     effects, affected = zip(*(truth.of(fold) for fold in folds), strict=True)
     called = [called_by_default(fold) for fold in folds]

@@ -73,15 +73,16 @@ class Chunk:
 def screen_rows(screen: Simulated, config: InferenceConfig, seed: int) -> list[dict]:
     """Measures of one screen: intervals of the default prediction by error model and level, calls by test and rate.
 
-    coverage: share of (target, gene) pairs whose interval of lfc holds the true effect, coverage_outside: the same of targets
-    outside every programme, coverage_strongest: of each target's genes of strongest predicted effect; width: its mean width. Nine genes
-    in ten do not change at all and are hardly ever missed, so that coverage says little of the others; coverage_observed is what can be
-    seen on real data, the share of experiment B's effects that lie in an interval widened by their sampling error. Calls are judged by
-    experiment B of each target (same size as the screen's others), those of `direction` by the sign of the true effect: fdr: false among all calls on the screen's targets (0 without calls),
-    fdr_target: mean over targets of the false share of their calls, fdr_outside: fdr_target of targets outside every programme; power:
-    share of B's calls found, power_replicate: by experiment A at the same rate; power_ceiling: by the typical effects of the targets'
-    programmes, if they were known, cut where the false share is q in truth: what no location can exceed where the generator knows nothing.
-    mse_ratio (method rows): mean squared error over that of the neighbour mean.
+    coverage: share of (target, gene) pairs whose interval of lfc holds the true effect, coverage_outside: the same of targets outside
+    every programme, coverage_strongest: of each target's genes of strongest predicted effect; width: its mean width. Nine genes in ten
+    do not change at all and are hardly ever missed, so that coverage says little of the others; coverage_observed is what can be seen
+    on real data, the share of experiment B's effects that lie in an interval widened by their sampling error. Calls are judged by
+    experiment B of each target (same size as the screen's others), those of `direction` by the sign of the true effect, but for power.
+    fdr: false among all calls on the screen's targets (0 without calls), fdr_target: mean over targets of the false share of their
+    calls, fdr_outside: fdr_target of targets outside every programme; power: share of B's calls found, power_replicate: by experiment A
+    at the same rate; power_ceiling: by the typical effects of the targets' programmes, if they were known, cut where the false share is
+    q in truth: what no location can exceed where the generator knows nothing. mse_ratio (method rows): mean squared error over that of
+    the neighbour mean.
     """
     inference = table.infer(screen.effects, screen.locations, screen.means, config, seed, select=False)
     queries = Queries.of(inference.screen, screen.locations.select(screen.targets))
