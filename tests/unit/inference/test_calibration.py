@@ -14,7 +14,7 @@ from dbdiffusion.data.moments import Moments
 from dbdiffusion.data.sets import CONTROL, EffectSet, LocationSet, MeanSet
 from dbdiffusion.data.simulate import TRUTH
 from dbdiffusion.data.splits import Splits
-from dbdiffusion.inference import calibration, checks_calls, checks_cells, checks_null, held_out, table
+from dbdiffusion.inference import bands, calibration, checks_calls, checks_cells, checks_null, held_out, table
 from dbdiffusion.perturbations.effects import estimate_effects
 from dbdiffusion.runtime import contracts
 
@@ -222,7 +222,8 @@ def test_directions_are_judged_by_what_the_held_out_cells_show(written):
         for target in fold.targets:
             rows = de[(de["method"] == "stacked") & (de["target"] == target)].set_index("gene").loc[fold.whole.genes]
             seen = moments.mean_var(target)[1] - moments.control()[1]
-            seen = seen - fold.inference.screen.control_sampling / rows["se"] ** 2 * rows["lfc"]
+            control = fold.inference.screen.control_sampling
+            seen = seen - control / np.maximum(rows["se"] ** 2, control) * rows["lfc"]
             called = (rows["q_direction"] <= 0.2) & (rows["call"] != "no_call")
             calls.append(called.sum())
             wrong.append((called & (np.sign(seen) != np.sign(rows["lfc"]))).sum())
@@ -231,6 +232,28 @@ def test_directions_are_judged_by_what_the_held_out_cells_show(written):
     assert value_of(frame, "fdr", "direction", 0.2, "pooled") == pytest.approx(2 * sum(wrong) / sum(calls))
     assert value_of(frame, "fdr", "direction", 0.2, "per target") == pytest.approx(np.mean(2 * np.array(wrong) / np.maximum(calls, 1)))
     assert value_of(frame, "power", "direction", 0.2, "pooled") > 0.3
+
+
+def test_effects_dealt_out_are_judged_by_the_claim_of_each_test(fold, monkeypatch):
+    random = np.random.default_rng(2)
+    shape = fold.whole.effect.shape
+    agrees = random.random(shape) < 0.8
+    found = checks_calls.Called(np.zeros(shape), np.ones(shape), agrees)
+    monkeypatch.setattr(checks_null, "called_from", lambda *_: {"direction": found, "selection": found})
+    rows = pd.DataFrame(checks_null.shuffled_effects([fold], CONFIG, 1))
+    truth = held_out.labels(fold.whole, CONFIG.de_fdr)
+    assert value_of(rows, "shuffled_effects_fdr", "direction", 0.1, "pooled") == pytest.approx(2 * (~agrees).mean())
+    assert value_of(rows, "shuffled_effects_fdr", "selection", 0.1, "pooled") == pytest.approx((~truth).mean())
+
+
+def test_false_shares_that_are_estimated_end_at_one():
+    pooled, mean = bands.fdr_rows("fdr", "direction", 0.1, np.array([10, 8, 6, 0]), np.array([-6, -4, 0, 0]))
+    assert pooled["value"] == mean["high"] == 1
+    assert pooled["low"] < pooled["high"] == 1
+    # Half of the directions wrong is no extreme: the band has the width of the targets' differences.
+    half, _ = bands.fdr_rows("fdr", "direction", 0.1, np.array([10, 10, 10, 10]), np.array([1, -1, 0, 0]))
+    assert half["value"] == 1
+    assert 0.8 < half["low"] < 1
 
 
 def test_weight_zero_is_the_neighbour_mean_and_one_the_published_estimate(fold):

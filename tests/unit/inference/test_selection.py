@@ -177,6 +177,8 @@ def test_weights_hold_the_rate_for_targets_that_are_located_worse_than_pseudo_ta
             selector = selection.Scored(np.zeros(1), scores, labels, pseudo, labels).calibrated(
                 "pooled", 0.2, targets if weighted else None
             )
+            # With the same weights, since labels and directions are one here.
+            assert np.allclose(selector.directions[1], np.minimum(2 * selector.curve[1], 1))
             called = (selector.q_values(found) <= 0.2) & (targets >= selector.min_confidence)[:, None]
             into.append((called & ~truth).sum() / max(called.sum(), 1))
     assert np.mean(rates[False]) > 0.25
@@ -208,6 +210,15 @@ def test_uninformative_screens_get_no_calls_and_one_class_gives_a_rate():
     for labels in (np.zeros((30, 10), bool), np.random.default_rng(0).random((30, 10)) < 0.3):
         selector = selection.fit_scores(x, labels, labels, np.arange(30) % 5, 10**6, rng(1, "t")).calibrated("pooled", 0.1)
         assert (selector.q_values(selector.score(x)) > 0.1).all()
+
+
+def test_a_sample_of_genes_keeps_labels_and_directions_together():
+    random = np.random.default_rng(11)
+    labels = random.random((20, 60)) < 0.3
+    x = selection.Features(random.normal(size=(20, 60, len(selection.PAIR_FEATURES))), random.normal(size=(20, 6)))
+    scored = selection.fit_scores(x, labels, ~labels, np.arange(20) % 5, 200, rng(1, "sample"))
+    assert scored.labels.shape == (20, 10)
+    assert np.array_equal(scored.agrees, ~scored.labels)
 
 
 def test_pseudo_targets_of_no_confidence_are_left_out():

@@ -77,6 +77,28 @@ def test_the_chosen_test_makes_the_call(screen, make_fold, tmp_path, test):
     assert np.array_equal(called, (own[contracts.TESTS[test]] <= 0.1) & (own["lfc"] != 0))
 
 
+def test_pseudo_targets_show_directions_beyond_the_error_of_the_control(screen):
+    inference = table.infer(screen.effects, screen.locations, screen.means, InferenceConfig(), 1, select=False)
+    cross = table.cross_predictions(inference, "stacked")
+    control = inference.screen.control_sampling
+    off = control / (cross.estimate.variance + control) * cross.estimate.effect
+    want = np.sign(cross.observed - off) == np.sign(cross.estimate.effect)
+    assert np.array_equal(table.score_pseudo_targets(inference, "stacked", 1)["single"].agrees, want)
+
+
+def test_a_control_smaller_than_a_perturbation_tells_no_direction(screen, make_fold, tmp_path, caplog):
+    few = replace(screen, effects=replace(screen.effects, control_n=int(np.median(screen.effects.n_cells)) - 1))
+    frame = run(make_fold(tmp_path / "direction", few))
+    assert "fewer than the typical perturbation" in caplog.text
+    own = frame[frame["method"] == "stacked"]
+    assert (own["q_direction"] == 1).all()
+    assert not own["call"].isin(["up", "down"]).any()
+    caplog.clear()
+    frame = run(make_fold(tmp_path / "selection", few), calls="selection")
+    assert not caplog.text
+    assert frame.loc[frame["method"] == "stacked", "call"].isin(["up", "down"]).any()
+
+
 def test_same_input_same_bytes(written, screen, make_fold, tmp_path):
     paths, _ = written
     again = make_fold(tmp_path, screen)

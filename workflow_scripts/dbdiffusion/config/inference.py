@@ -26,7 +26,7 @@ class InferenceConfig(Block):
     """Nominal false discovery rate of calls."""
     fdr: Literal["pooled", "target"] = "pooled"
     """What conformal selection aims to hold at q: pooled, the share of false calls among all calls, and its mean over targets; or only the
-    mean over targets (more calls, but where few targets have calls, most of them may be false)."""
+    mean over targets (more calls, but where few targets have calls, most of them may be false). Calls of direction hold both."""
     min_k_eff: float = Field(3.0, ge=1)
     """Fewer effective neighbours: no call."""
     min_confidence: float = Field(0.0, ge=0, le=1)

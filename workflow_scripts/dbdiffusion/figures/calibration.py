@@ -196,7 +196,7 @@ def _discoveries(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
 def _truth(ax: Axes, table: pd.DataFrame, looks: Looks) -> None:
     own = rows_of(table, "fdr_truth", POOLED)
     _rates(ax, table, looks, "fdr_truth", own[own["method"] == "replicate"])
-    ax.set_ylabel("calls of unaffected genes")
+    ax.set_ylabel("false calls in truth")
     ax.set_title("Against the simulated truth")
 
 

@@ -48,7 +48,7 @@ def ratio_row(check: str, method: str, level: float, top: np.ndarray, bottom: np
         return row(check, method, level, stratum, np.nan, 0)
     value = float(top.sum() / total)
     low = high = np.nan
-    if count >= 2 and value in (0.0, 1.0):
+    if count >= 2 and (value == 0 or np.array_equal(top, bottom)):
         low, high = binomial_band(round(value * count), count)
     elif count >= 2:
         left = (top.sum() - top) / (total - bottom)
@@ -76,13 +76,15 @@ def per_target(pairs: Pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def fdr_rows(check: str, method: str, q: float, calls: np.ndarray, right: np.ndarray) -> Rows:
     """False among all calls of all targets, and the mean over targets of the false discovery proportion (0 without calls).
 
-    calls, right: (T,) calls of each target, and how many of them are right.
+    calls, right: (T,) calls of each target, and how many of them are right; where those are an estimate below 0, rates and their
+    bands end at 1.
     """
     wrong = calls - right
-    return [
+    rows = [
         ratio_row(check, method, q, wrong, calls),
         mean_row(check, method, q, PER_TARGET, wrong / np.maximum(calls, 1)),
     ]
+    return [r | {name: min(r[name], 1.0) for name in ("value", "low", "high") if r[name] > 1} for r in rows]
 
 
 def share_row(check: str, method: str, q: float, pairs: Pairs) -> dict:

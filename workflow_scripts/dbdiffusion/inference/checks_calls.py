@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import chain
 
@@ -14,8 +14,8 @@ from dbdiffusion.data.sets import EffectSet, MeanSet
 from dbdiffusion.inference import table
 from dbdiffusion.inference.bands import Rows, fdr_rows, per_target, ratio_row, share_row
 from dbdiffusion.inference.held_out import GENERATOR, RATES, Fold, labels
-from dbdiffusion.inference.selection import FALSE_PER_WRONG, same_direction
-from dbdiffusion.inference.table import Inference
+from dbdiffusion.inference.selection import FALSE_PER_WRONG
+from dbdiffusion.inference.table import Inference, Result
 from dbdiffusion.runtime import contracts
 
 TESTS = contracts.TESTS
@@ -27,15 +27,16 @@ EQUIVALENT = 0.1
 
 @dataclass(frozen=True)
 class Called:
-    """q of one test (T, G), 1 where a target has no calls, predicted effects and their standard errors (T, G), 0 where there are none."""
+    """q of one test (T, G), 1 where a target has no calls, predicted effects (T, G), 0 where there are none, and whether the held-out
+    cells show their direction (T, G)."""
 
     q: np.ndarray
     effect: np.ndarray
-    se: np.ndarray
+    agrees: np.ndarray
 
 
 def called_in_table(fold: Fold, methods: Sequence[str] | None = None) -> Iterator[tuple[str, Called]]:
-    """What `de.parquet` says, test by test: `selection` and `t` of the default prediction, TEST:METHOD of the other predictors.
+    """What `de.parquet` says, test by test: TEST of the default prediction, TEST:METHOD of the other predictors.
 
     methods: those wanted (none: all). One at a time, since all of them together are large.
     """
@@ -44,13 +45,24 @@ def called_in_table(fold: Fold, methods: Sequence[str] | None = None) -> Iterato
         if methods is not None and method not in methods:
             continue
         at = (fold.targets.get_indexer(frame["target"].astype(str)), fold.whole.genes.get_indexer(frame["gene"].astype(str)))
-        effect, se = np.zeros(shape), np.zeros(shape)
-        effect[at], se[at] = frame["lfc"].fillna(0.0), frame["se"].fillna(0.0)
+        effect = np.zeros(shape)
+        effect[at] = frame["lfc"].fillna(0.0)
+        agrees = _agreeing(fold, table.results(fold.inference, method, fold.targets))
         for test, column in TESTS.items():
             if frame[column].notna().any():
                 q = np.ones(shape)
                 q[at] = frame[column].where(frame["call"].astype(str) != "no_call").fillna(1.0)
-                yield test if method == fold.default else f"{test}:{method}", Called(q, effect, se)
+                yield test if method == fold.default else f"{test}:{method}", Called(q, effect, agrees)
+
+
+def _agreeing(fold: Fold, results: Iterable[Result]) -> np.ndarray:
+    """Whether the held-out cells show the predicted directions (T, G), as calibration asks pseudo-targets."""
+    agrees = np.zeros(fold.whole.effect.shape, dtype=bool)
+    for result in results:
+        if result.found is not None:
+            at = fold.targets.get_indexer(result.targets)
+            agrees[at] = table.seen_directions(fold.inference.screen, result.found, fold.whole.effect[at])
+    return agrees
 
 
 def called_by_default(fold: Fold) -> dict[str, Called]:
@@ -87,17 +99,19 @@ def with_selector(inference: Inference, method: str, seed: int) -> Inference:
 def called_from(fold: Fold, inference: Inference, method: str) -> dict[str, Called]:
     """Calls on the fold's targets by test, from an inference of its own."""
     shape = fold.whole.effect.shape
-    effect, se, q = np.zeros(shape), np.zeros(shape), {test: np.ones(shape) for test in TESTS}
+    effect, q = np.zeros(shape), {test: np.ones(shape) for test in TESTS}
     made = dict.fromkeys(TESTS, False)
-    for result in table.results(inference, method, fold.targets):
+    results = list(table.results(inference, method, fold.targets))
+    for result in results:
         at = fold.targets.get_indexer(result.targets)
-        effect[at], se[at] = np.nan_to_num(result.columns["lfc"]), np.nan_to_num(result.columns["se"])
+        effect[at] = np.nan_to_num(result.columns["lfc"])
         silent = (result.reason != "")[:, None]
         for test, column in TESTS.items():
             values = result.columns[column]
             q[test][at] = np.where(silent | np.isnan(values), 1.0, values)
             made[test] |= bool(np.isfinite(values).any())
-    return {test: Called(q[test], effect, se) for test in TESTS if made[test]}
+    agrees = _agreeing(fold, results)
+    return {test: Called(q[test], effect, agrees) for test in TESTS if made[test]}
 
 
 @dataclass(frozen=True)
@@ -113,7 +127,7 @@ class Tally:
     found: np.ndarray
 
 
-def right_calls(fold: Fold, test: str, made: Called, q: float, whole: np.ndarray) -> np.ndarray:
+def right_calls(test: str, made: Called, q: float, whole: np.ndarray) -> np.ndarray:
     """How many calls of each target (T,) are right by the claim of their test, TEST or TEST:PREDICTOR, as its held-out cells tell.
 
     whole: genes (T, G) that the cells' own test calls, for the claim that they do. Calls of direction have two false ones for each
@@ -122,15 +136,14 @@ def right_calls(fold: Fold, test: str, made: Called, q: float, whole: np.ndarray
     called = made.q <= q
     if not test.startswith("direction"):
         return (called & whole).sum(1)
-    wrong = called & ~same_direction(made.effect, fold.whole.effect, made.se**2, fold.inference.screen.control_sampling)
-    return called.sum(1) - FALSE_PER_WRONG * wrong.sum(1)
+    return called.sum(1) - FALSE_PER_WRONG * (called & ~made.agrees).sum(1)
 
 
 def _tally(fold: Fold, test: str, made: Called, q: float, whole: np.ndarray, half_b: np.ndarray) -> Tally:
     called = made.q <= q
     signed, turned = signs(made, q, fold.whole.effect)
     found = called[fold.rows_halved] & half_b
-    return Tally(called.sum(1), right_calls(fold, test, made, q, whole), signed, turned, half_b.sum(1), found.sum(1))
+    return Tally(called.sum(1), right_calls(test, made, q, whole), signed, turned, half_b.sum(1), found.sum(1))
 
 
 def calls(folds: Sequence[Fold], config: InferenceConfig, seed: int) -> Rows:

@@ -20,7 +20,7 @@ SMALLEST = 1e-300
 def doubling(fold: Fold, doubled: MeanSet, config: InferenceConfig, seed: int) -> Rows:
     """What twice the generated cells change: share of the calls at config.q, and |log10 p_t| by quantile over pairs.
 
-    doubled: the generator's means from twice the cells, with everything else as it was. Methods: `selection`, `t` of the default
+    doubled: the generator's means from twice the cells, with everything else as it was. Methods: TEST of the default
     prediction, TEST:dbdiffusion of the generator debiased alone, and TEST:lambda_1 of the generator at full weight, where nothing
     hides its Monte-Carlo error. `doubling_calls`: share of pairs whose call changes; `doubling_log10_p`: value at the quantile
     `level` (0.5 the median, 1 the largest).

@@ -139,8 +139,8 @@ def shuffled_effects(folds: Sequence[Fold], config: InferenceConfig, seed: int) 
     """Inference run again with the training perturbations' effects dealt out to other perturbations.
 
     Location and predictors then say nothing about any effect, while effects, their distribution and the calibration set stay as
-    they are. The calls made on the targets are judged by the targets' own cells as in `fdr`: a valid procedure makes
-    (almost) none, and keeps its rate if it does.
+    they are. The calls made on the targets are judged by the targets' own cells as in `fdr`, those of `direction` by twice the
+    wrong signs: a valid procedure makes (almost) none, and keeps its rate if it does.
     """
     made: dict[str, list] = {test: [] for test in TESTS}
     for fold in folds:
@@ -151,13 +151,13 @@ def shuffled_effects(folds: Sequence[Fold], config: InferenceConfig, seed: int) 
         again = table.infer(replace(effects, **values), fold.inference.locations, means, config, seed)
         truth = labels(fold.whole, config.de_fdr)
         for test, found in called_from(fold, again, fold.default).items():
-            made[test].append((fold, found, truth))
+            made[test].append((found, truth))
     rows: Rows = []
     for q in RATES:
         for test, parts in made.items():
             if parts:
-                called = [found.q <= q for _, found, _ in parts]
-                right = [right_calls(fold, test, found, q, truth) for fold, found, truth in parts]
+                called = [found.q <= q for found, _ in parts]
+                right = [right_calls(test, found, q, truth) for found, truth in parts]
                 calls = np.concatenate([c.sum(1) for c in called])
                 rows += fdr_rows("shuffled_effects_fdr", test, q, calls, np.concatenate(right))
                 rows.append(share_called("shuffled_effects_calls", test, q, called))

@@ -65,7 +65,7 @@ def against_truth(folds: Sequence[Fold], truth: Truth) -> Rows:
 
 def _replicate(half: EffectSet, q: float) -> Called:
     """Calls of a half of the cells by its own test."""
-    return Called(np.where(labels(half, q), 0.0, 1.0), half.effect, half.se)
+    return Called(np.where(labels(half, q), 0.0, 1.0), half.effect, np.ones(half.effect.shape, dtype=bool))
 
 
 def _coverage(folds: Sequence[Fold], effects: Sequence[np.ndarray], affected: Sequence[np.ndarray]) -> Rows:

@@ -2,7 +2,7 @@
 
 Two claims about target t and gene j, in the order of one score:
 
-direction: t changes the mean of j, in the predicted direction. Of no effect, and of noise that is as often positive as
+direction: t changes the mean of j, in the predicted direction. Of no effect, if noise is as often positive as
 negative, an observed effect has the predicted direction half of the time. So calls of pseudo-targets with the wrong observed
 direction, counted twice, are no fewer in expectation than calls without a true effect in that direction: a bound that needs no
 test of single genes to have power, as in the selection by signs of Barber and Candes (2015).
@@ -415,7 +415,8 @@ def fit_scores(x: Features, labels: np.ndarray, agrees: np.ndarray, folds: np.nd
 def _confident(scores: np.ndarray, labels: np.ndarray, confidence: np.ndarray, q: float) -> np.ndarray:
     """Which pseudo-targets (K,) stay in: all but the largest share of least confidence that holds (almost) no true call.
 
-    Calls are those at rate q with everyone in, so that no threshold is chosen for the calls it would give.
+    Calls are those that conformal selection makes at rate q with everyone in, so that no threshold is chosen for the calls it would
+    give; calls of direction leave the same ones out.
     """
     everyone = np.ones(len(scores), dtype=bool)
     grid, rates = pooled_curve(scores, labels, np.ones(len(scores)))

@@ -130,8 +130,8 @@ def _call_rows(screen: Simulated, inference: table.Inference, queries: Queries, 
         result = table.predict(variant, table.STACKED, queries, "single")
         silent = (result.reason != "")[:, None]
         by_test[name] = np.where(silent, 1.0, result.columns["q_selection"])
-        by_test["t"] = np.where(silent, 1.0, result.columns["q_t"])
-        by_test["direction"] = np.where(silent, 1.0, result.columns["q_direction"])
+    # Neither depends on what selection aims to hold.
+    by_test |= {test: np.where(silent, 1.0, result.columns[f"q_{test}"]) for test in ("t", "direction")}
     turned = result.columns["lfc"] * screen.truth <= 0
     for q in RATES:
         replicate = ttest.de_labels(one.effect, one.se, one.n_cells, q)

@@ -140,10 +140,25 @@ def score_pseudo_targets(inference: Inference, method: str, seed: int) -> dict[s
         x = selection.features(inference.screen, pseudo.queries, found, views, pseudo.at)
         random = rng(seed, "inference", "selection", method, kind)
         labels = inference.screen.labels[pseudo.at]
-        control = inference.screen.control_sampling
-        agrees = selection.same_direction(found.effect, cross.observed, found.variance + control, control)
+        agrees = seen_directions(inference.screen, found, cross.observed)
         out[kind] = selection.fit_scores(x, labels, agrees, pseudo.folds, inference.config.max_calibration_pairs, random)
     return out
+
+
+def seen_directions(screen: Screen, found: Estimate, observed: np.ndarray) -> np.ndarray:
+    """Whether observed effects (R, G) show the predicted direction; nothing does where the control is too small to tell.
+
+    All observations share one error of the control mean, so that in a gene they are wrong together: with fewer control cells than
+    a perturbation has, that error is as large as their own, and too few genes tell how often it agrees with predictions.
+    """
+    if control_is_small(screen.effects):
+        return np.zeros(observed.shape, dtype=bool)
+    return selection.same_direction(found.effect, observed, found.variance + screen.control_sampling, screen.control_sampling)
+
+
+def control_is_small(effects: EffectSet) -> bool:
+    """Whether the control has fewer cells than the typical perturbation."""
+    return bool(effects.control_n < np.median(effects.n_cells))
 
 
 def cross_predictions(inference: Inference, method: str, kind: str = "single") -> Crossfit:
@@ -156,14 +171,15 @@ def cross_predictions(inference: Inference, method: str, kind: str = "single") -
 
 @dataclass(frozen=True)
 class Result:
-    """Targets x genes (R, G) of one method: effect, se, df, ci_low, ci_high, p_t, q_t, p_selection, q_selection, q_direction, weight;
-    reason (R,): why a target has no calls."""
+    """Targets x genes (R, G) of one method: lfc, se, df, ci_low, ci_high, p_t, q_t, p_selection, q_selection, q_direction, lambda;
+    found: the estimate itself; reason (R,): why a target has no calls."""
 
     targets: pd.Index
     info: pd.DataFrame
     columns: dict[str, np.ndarray]
     call: np.ndarray
     reason: np.ndarray
+    found: Estimate | None
 
 
 def predict(inference: Inference, method: str, queries: Queries, kind: str) -> Result:
@@ -198,7 +214,7 @@ def predict(inference: Inference, method: str, queries: Queries, kind: str) -> R
     call = np.where(decides <= config.q, np.where(found.effect > 0, "up", "down"), "none")
     call = np.where((found.effect == 0) & (call != "none"), "none", call)
     call = np.where((reason != "")[:, None], "no_call", call)
-    return Result(queries.names, queries.info, values, call, reason)
+    return Result(queries.names, queries.info, values, call, reason, found)
 
 
 PUBLISHED = ("cells_only", "conservative", "ppi_z")
@@ -257,7 +273,7 @@ def results(inference: Inference, method: str, targets: pd.Index) -> Iterator[Re
             for name in ("lfc", "se", "df", "ci_low", "ci_high", "p_t", "q_t", "p_selection", "q_selection", "q_direction", "lambda")
         }
         reasons = np.array([f"not_locatable: {r}".rstrip(": ") for r in info.loc[lost, "reason"]], dtype=object)
-        yield Result(lost, info.loc[lost], empty, np.full(shape, "no_call", dtype=object), reasons)
+        yield Result(lost, info.loc[lost], empty, np.full(shape, "no_call", dtype=object), reasons, None)
 
 
 def frame(inference: Inference, method: str, result: Result, fold: str, seed: int) -> pd.DataFrame:
@@ -316,6 +332,13 @@ def write_de(
     if not len(targets):
         raise UserError(
             "no target among the queries", where=str(locations), fix="hold out perturbations (splits) or name some under run.targets"
+        )
+    if config.calls == "direction" and control_is_small(measured):
+        logger.warning(
+            "no gene is called: the control has %d cells, fewer than the typical perturbation (%d), too few to tell directions; "
+            "take more control cells, or write inference.calls: selection",
+            measured.control_n,
+            np.median(measured.n_cells),
         )
     inference = infer(measured, located, predicted, config, seed, drawn=fold != ALL)
     tables = [

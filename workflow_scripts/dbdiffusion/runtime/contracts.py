@@ -305,8 +305,8 @@ CALIBRATION = Table(
             "method",
             "str",
             "",
-            "error model, or test of the default prediction (`selection`, `t`), or TEST:PREDICTOR; `lambda_0`, `lambda_1`: the generator "
-            "at a fixed weight",
+            "error model, or test of the default prediction (`direction`, `selection`, `t`), or TEST:PREDICTOR; `lambda_0`, "
+            "`lambda_1`: the generator at a fixed weight",
         ),
         C("level", "float", "0-1", "nominal level or rate; of `*_p` and `doubling_log10_p` the quantile"),
         C(
