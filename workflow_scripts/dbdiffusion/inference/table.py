@@ -208,7 +208,7 @@ def predict(inference: Inference, method: str, queries: Queries, kind: str) -> R
         x = selection.features(screen, queries, found, inference.views(method, queries, "target"))
         scores = selector.score(x)
         values["p_selection"], values["q_selection"] = selector.p_values(scores), selector.q_values(scores)
-        values["q_direction"] = np.where(found.effect == 0, 1.0, selector.q_directions(scores))
+        values["q_direction"] = selector.q_directions(scores)
     reason = _reasons(inference, queries, kind, 0.0 if selector is None else selector.min_confidence)
     decides = values["q_t" if selector is None else contracts.TESTS[config.calls]]
     call = np.where(decides <= config.q, np.where(found.effect > 0, "up", "down"), "none")
