@@ -47,7 +47,9 @@ def called_in_table(fold: Fold, methods: Sequence[str] | None = None) -> Iterato
         at = (fold.targets.get_indexer(frame["target"].astype(str)), fold.whole.genes.get_indexer(frame["gene"].astype(str)))
         effect = np.zeros(shape)
         effect[at] = frame["lfc"].fillna(0.0)
-        agrees = _agreeing(fold, table.results(fold.inference, method, fold.targets))
+        # Directions were called for the default prediction and the generator alone: no other needs to be predicted again.
+        directed = frame[TESTS["direction"]].notna().any()
+        agrees = _agreeing(fold, table.results(fold.inference, method, fold.targets) if directed else ())
         for test, column in TESTS.items():
             if frame[column].notna().any():
                 q = np.ones(shape)
