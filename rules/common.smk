@@ -127,11 +127,27 @@ def source_of(wildcards):
     return {"source": f"{file}_10x_mtx" if entry.needs_conversion else f"{file}{entry.suffix}"}
 
 
+# A training job is of one cross-fit model, or of all of a fold.
+OF_JOB = "" if CONFIG.run.side_by_side else "crossfit{crossfit}/"
+
+
+def models_of(wildcards):
+    """The cross-fit models of a training job."""
+    return CROSSFIT if CONFIG.run.side_by_side else [wildcards.crossfit]
+
+
+def for_models(pattern):
+    """A file of each model of a training job."""
+    return expand(pattern, crossfit=CROSSFIT if CONFIG.run.side_by_side else "{crossfit}", allow_missing=True)
+
+
 def scratch(stage):
     """An undeclared folder for checkpoints: declared outputs would be deleted when a job is killed."""
 
     def path(wildcards):
-        return f"results/{wildcards.dataset}/scratch/seed{wildcards.seed}_fold{wildcards.fold}_crossfit{wildcards.crossfit}_{stage}"
+        return f"results/{wildcards.dataset}/scratch/" + "_".join(
+            [f"{name}{wildcards[name]}" for name in ("seed", "fold", "crossfit") if name in wildcards.keys()] + [stage]
+        )
 
     return path
 
@@ -249,8 +265,8 @@ COSTS = {
     "effects": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/effects.tsv",
     "locate": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/locate.tsv",
     "embedding": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/embedding.tsv",
-    "train_vae": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/train_vae.tsv",
-    "train_diffusion": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/train_diffusion.tsv",
+    "train_vae": f"<benchmarks>/{{dataset}}/seed{{seed}}/fold{{fold}}/{OF_JOB}train_vae.tsv",
+    "train_diffusion": f"<benchmarks>/{{dataset}}/seed{{seed}}/fold{{fold}}/{OF_JOB}train_diffusion.tsv",
     "generate": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/generate.tsv",
     "merge_generated": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/merge_generated.tsv",
     "baselines": "<benchmarks>/{dataset}/seed{seed}/fold{fold}/baselines.tsv",

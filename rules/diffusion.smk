@@ -6,16 +6,16 @@ rule train_diffusion:
         cells="results/{dataset}/qc/cells.h5ad",
         splits="results/{dataset}/seed{seed}/splits.json",
         effects="results/{dataset}/seed{seed}/fold{fold}/effects.parquet",
-        embedding="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/embedding.parquet",
-        vae="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/vae.safetensors",
-        vae_record="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/vae.json",
+        embedding=for_models("results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/embedding.parquet"),
+        vae=for_models("results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/vae.safetensors"),
+        vae_record=for_models("results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/vae.json"),
     output:
-        weights="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/diffusion.safetensors",
-        record="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/diffusion.json",
+        weights=for_models("results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/diffusion.safetensors"),
+        record=for_models("results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/diffusion.json"),
     log:
-        "<logs>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/train_diffusion.log",
+        f"<logs>/{{dataset}}/seed{{seed}}/fold{{fold}}/{OF_JOB}train_diffusion.log",
     benchmark:
-        "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/train_diffusion.tsv"
+        f"<benchmarks>/{{dataset}}/seed{{seed}}/fold{{fold}}/{OF_JOB}train_diffusion.tsv"
     conda:
         TORCH_ENV
     threads: 1
@@ -25,6 +25,7 @@ rule train_diffusion:
         gpu=GPUS,
     params:
         config=block("diffusion"),
+        crossfit=models_of,
         device=CONFIG.run.device,
         scratch=scratch("diffusion"),
         code=code("train_diffusion.py"),

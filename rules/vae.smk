@@ -7,12 +7,12 @@ rule train_vae:
         splits="results/{dataset}/seed{seed}/splits.json",
         effects="results/{dataset}/seed{seed}/fold{fold}/effects.parquet",
     output:
-        weights="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/vae.safetensors",
-        record="results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/vae.json",
+        weights=for_models("results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/vae.safetensors"),
+        record=for_models("results/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/vae.json"),
     log:
-        "<logs>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/train_vae.log",
+        f"<logs>/{{dataset}}/seed{{seed}}/fold{{fold}}/{OF_JOB}train_vae.log",
     benchmark:
-        "<benchmarks>/{dataset}/seed{seed}/fold{fold}/crossfit{crossfit}/train_vae.tsv"
+        f"<benchmarks>/{{dataset}}/seed{{seed}}/fold{{fold}}/{OF_JOB}train_vae.tsv"
     conda:
         TORCH_ENV
     threads: 1
@@ -22,6 +22,7 @@ rule train_vae:
         gpu=GPUS,
     params:
         config=block("vae"),
+        crossfit=models_of,
         device=CONFIG.run.device,
         scratch=scratch("vae"),
         code=code("train_vae.py"),

@@ -22,7 +22,7 @@ from dbdiffusion.config.generator import DiffusionConfig, GenerationConfig
 from dbdiffusion.data.sets import CONTROL, EffectSet, LocationSet
 from dbdiffusion.data.splits import Splits
 from dbdiffusion.generative.conditions import PARTS_OF, Conditions
-from dbdiffusion.generative.diffusion import write_diffusion
+from dbdiffusion.generative.diffusion import write_diffusions
 from dbdiffusion.generative.generate import load_generator
 from dbdiffusion.runtime.files import read_json
 
@@ -51,19 +51,18 @@ def of_model(results: Path, seed: str, fold: str, crossfit: str) -> Iterator[dic
         config = trained.model_copy(update=keys)
         with tempfile.TemporaryDirectory() as folder:
             made = {"weights": Path(folder) / "w.safetensors", "record": Path(folder) / "r.json"}
-            write_diffusion(
+            write_diffusions(
                 cells=results / "qc" / "cells.h5ad",
                 splits=results / f"seed{seed}" / "splits.json",
                 effects=place / "effects.parquet",
-                embedding=embedding,
-                **vae,
+                embedding=[embedding],
                 fold=fold,
-                crossfit=crossfit,
+                crossfit=[crossfit],
                 config=config,
                 device="cpu",
                 seed=int(seed),
                 scratch=None,
-                **made,
+                **{name: [path] for name, path in (vae | made).items()},
             )
             files = (*vae.values(), *made.values())
             generator = load_generator(*files, config=GenerationConfig(cells_kept=1), device="cpu", seed=int(seed), genes=effects.genes)

@@ -120,8 +120,12 @@ def test_report(finished):
 
 
 def test_same_bytes_from_the_same_seed(finished, fresh):
-    wanted = [f"{RESULTS}/seed1/fold0/de.parquet"]
-    fresh.snakemake(*wanted, cores=1)
+    """And whether a job trains one model or all of a fold."""
+    wanted, one_job = [f"{RESULTS}/seed1/fold0/de.parquet"], {"run": {"side_by_side": True}}
+    done = fresh.snakemake(*wanted, cores=1, config=one_job)
+    assert (done.stderr + done.stdout).count("rule train_vae:") == 1
+    assert "Nothing to be done" in fresh.snakemake(*wanted, "--dry-run", config=one_job).stdout
+    assert not [path for path in (fresh.path / RESULTS / "scratch").rglob("*") if path.is_file()]
     names = [
         "seed1/splits.json",
         "seed1/fold0/effects.parquet",

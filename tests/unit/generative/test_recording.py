@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative.cells import DENSE_LIMIT, Cells, Matrix
 from dbdiffusion.generative.diffusion import fit_denoiser
+from dbdiffusion.generative.fitting import Fitted, fit
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.recording import EAGER, Recorded
-from dbdiffusion.generative.training import Fitted, Plan, Trainer, fit
+from dbdiffusion.generative.training import Plan, Trainer
 from dbdiffusion.generative.vae import fit_vae
 
 GPU = torch.device("cuda:0")

@@ -16,25 +16,32 @@ from dbdiffusion.data.sets import EffectSet, MeanSet
 from dbdiffusion.data.splits import Splits
 from dbdiffusion.generative import checkpoint
 from dbdiffusion.generative.conditions import Conditions
-from dbdiffusion.generative.diffusion import write_diffusion
+from dbdiffusion.generative.diffusion import write_diffusions
 from dbdiffusion.generative.generate import write_generated
 from dbdiffusion.generative.merge import write_merged
+from dbdiffusion.generative.side_by_side import SideBySide
 from dbdiffusion.generative.training import Trainer
 from dbdiffusion.generative.tuning import STRENGTHS, Trial, write_trial
-from dbdiffusion.generative.vae import write_vae
+from dbdiffusion.generative.vae import write_vaes
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.files import read_json, write_json
+
+
+def listed(**files: Path) -> dict[str, list[Path]]:
+    """For one model."""
+    return {name: [path] for name, path in files.items()}
 
 
 def chain(screen, crossfit: str, folder: Path, cells: Path | None = None, device: str = "cpu") -> dict[str, Path]:
     """Train and generate one cross-fit model of fold 0."""
     names = ("vae.safetensors", "vae.json", "diffusion.safetensors", "diffusion.json", "generated.h5ad", "means.parquet")
     out = {name: folder / name for name in names}
-    common = {"cells": cells or screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": crossfit}
+    common = {"cells": cells or screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": [crossfit]}
     run = {"device": device, "seed": 3, "scratch": folder / "scratch"}
-    write_vae(**common, **run, config=screen.vae, weights=out["vae.safetensors"], record=out["vae.json"])
+    write_vaes(**common, **run, config=screen.vae, weights=[out["vae.safetensors"]], record=[out["vae.json"]])
     pair = {"vae": out["vae.safetensors"], "vae_record": out["vae.json"], "embedding": screen.embedding("0", crossfit)}
-    write_diffusion(**common, **run, **pair, config=screen.diffusion, weights=out["diffusion.safetensors"], record=out["diffusion.json"])
+    files = {"weights": out["diffusion.safetensors"], "record": out["diffusion.json"]}
+    write_diffusions(**common, **run, **listed(**pair, **files), config=screen.diffusion)
     write_generated(
         **pair,
         effects=screen.effects,
@@ -84,12 +91,12 @@ def test_record_tells_what_was_done(screen, models: list[dict[str, Path]]) -> No
 def test_conditions_are_those_of_the_config(screen, models: list[dict[str, Path]], tmp_path: Path) -> None:
     """From training to sampling, and uncertain unless told otherwise."""
     pair = {"vae": models[0]["vae.safetensors"], "vae_record": models[0]["vae.json"], "embedding": screen.embedding("0", "0")}
-    common = {"cells": screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": "0"}
+    common = {"cells": screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": ["0"]}
     weights = [checkpoint.load(models[0]["diffusion.safetensors"])[0]]
     for number, keys in enumerate(({"uncertain_conditions": False}, {"uncertain_conditions": False, "condition": "embedding"})):
         made = {name: tmp_path / f"{name}{number}" for name in ("weights", "record")}
         config = screen.diffusion.model_copy(update=keys)
-        write_diffusion(**common, **pair, device="cpu", seed=3, scratch=None, config=config, **made)
+        write_diffusions(**common, **listed(**pair, **made), device="cpu", seed=3, scratch=None, config=config)
         weights.append(checkpoint.load(made["weights"])[0])
         files = {"diffusion": made["weights"], "diffusion_record": made["record"], "effects": screen.effects}
         rest = {"config": screen.generation, "device": "cpu", "seed": 3}
@@ -102,12 +109,12 @@ def test_conditions_are_those_of_the_config(screen, models: list[dict[str, Path]
 
 def test_uncertain_conditions_are_learned_from(screen, models: list[dict[str, Path]], tmp_path: Path, monkeypatch) -> None:
     pair = {"vae": models[0]["vae.safetensors"], "vae_record": models[0]["vae.json"], "embedding": screen.embedding("0", "0")}
-    common = {"cells": screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": "0"}
+    common = {"cells": screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": ["0"]}
     config, weights = screen.diffusion.model_copy(update={"ema": 0.0}), []
     for doubt in (Conditions.doubt, lambda self, device: None):
         monkeypatch.setattr(Conditions, "doubt", doubt)
         made = {"weights": tmp_path / "w.safetensors", "record": tmp_path / "r.json"}
-        write_diffusion(**common, **pair, device="cpu", seed=3, scratch=None, config=config, **made)
+        write_diffusions(**common, **listed(**pair, **made), device="cpu", seed=3, scratch=None, config=config)
         weights.append(checkpoint.load(made["weights"])[0]["denoiser.out.weight"])
     assert weights[0].any()
     assert not torch.equal(*weights)
@@ -258,8 +265,75 @@ def test_a_gpu_is_gone_through_and_gives_what_the_cpu_does(screen, tmp_path: Pat
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-9)
 
 
+def whole_fold(screen, folder: Path, device: str = "cpu") -> dict[str, list[Path]]:
+    """Train both cross-fit models of fold 0 in one job a stage."""
+    folder.mkdir(exist_ok=True)
+    names = ("vae.safetensors", "vae.json", "diffusion.safetensors", "diffusion.json")
+    out = {name: [folder / f"{q}{name}" for q in ("0", "1")] for name in names}
+    common = {"cells": screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": ["0", "1"]}
+    run = {"device": device, "seed": 3, "scratch": folder / "scratch"}
+    write_vaes(**common, **run, config=screen.vae, weights=out["vae.safetensors"], record=out["vae.json"])
+    pairs = {"vae": out["vae.safetensors"], "vae_record": out["vae.json"], "embedding": [screen.embedding("0", q) for q in ("0", "1")]}
+    write_diffusions(**common, **run, **pairs, config=screen.diffusion, weights=out["diffusion.safetensors"], record=out["diffusion.json"])
+    assert not (folder / "scratch").exists()
+    return out
+
+
+def test_models_of_a_fold_in_one_job(screen, models: list[dict[str, Path]], tmp_path: Path) -> None:
+    for name, paths in whole_fold(screen, tmp_path).items():
+        for q, path in enumerate(paths):
+            if path.suffix == ".json":
+                timed = ("seconds", "steps_per_second")
+                one, other = ({k: v for k, v in read_json(x).items() if k not in timed} for x in (path, models[q][name]))
+                assert one == other
+            else:
+                assert path.read_bytes() == models[q][name].read_bytes()
+
+
+def test_models_of_a_fold_side_by_side(screen, tmp_path: Path, monkeypatch) -> None:
+    single = {name: getattr(screen, name).model_copy(update={"precision": "fp32"}) for name in ("vae", "diffusion")}
+    alone = whole_fold(replace(screen, **single), tmp_path / "alone")
+    steps: list[int] = []
+    advance = SideBySide.advance
+    monkeypatch.setattr(SideBySide, "advance", lambda self: (steps.append(len(self.trainers)), advance(self)))
+    with pretended_gpu():
+        made = whole_fold(replace(screen, **single), tmp_path / "together", "cuda")
+    assert set(steps) == {2}
+    for name in ("vae", "diffusion"):
+        for q, path in enumerate(made[f"{name}.safetensors"]):
+            own, other = checkpoint.load(path)[0], checkpoint.load(alone[f"{name}.safetensors"][q])[0]
+            assert own.keys() == other.keys()
+            for key, value in own.items():
+                torch.testing.assert_close(value, other[key], rtol=1e-3, atol=1e-3)
+            record = read_json(made[f"{name}.json"][q])
+            assert (record["crossfit"], record["device"]) == (str(q), "pretended")
+
+
+def test_an_ended_training_of_a_killed_job_is_not_made_again(screen, models: list[dict[str, Path]], tmp_path: Path, monkeypatch) -> None:
+    advance, done = Trainer.advance, []
+
+    def killed(self: Trainer, loss) -> None:
+        if len(done) == 12:
+            raise KeyboardInterrupt
+        advance(self, loss)
+        done.append(self.state.step)
+
+    screen = replace(screen, vae=screen.vae.model_copy(update={"checkpoint_seconds": 1e-9}))
+    monkeypatch.setattr(Trainer, "advance", killed)
+    with pytest.raises(KeyboardInterrupt):
+        whole_fold(screen, tmp_path)
+    first = read_json(models[0]["vae.json"])["steps"]
+    assert first < 12 and done[first:] == list(range(1, 13 - first))
+    done.clear()
+    monkeypatch.setattr(Trainer, "advance", lambda self, loss: (advance(self, loss), done.append(self.state.step)))
+    made = whole_fold(screen, tmp_path)
+    assert done[0] == 13 - first
+    for q, path in enumerate(made["vae.safetensors"]):
+        assert path.read_bytes() == models[q]["vae.safetensors"].read_bytes()
+
+
 def test_a_training_on_a_gpu_resumes(screen, tmp_path: Path) -> None:
-    common = {"cells": screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": "0"}
+    common = {"cells": screen.cells, "splits": screen.splits, "effects": screen.effects, "fold": "0", "crossfit": ["0"]}
     config, made = screen.vae.model_copy(update={"checkpoint_seconds": 0.0, "cuda_graphs": True}), []
     save, saves = Trainer.save, []
 
@@ -277,9 +351,9 @@ def test_a_training_on_a_gpu_resumes(screen, tmp_path: Path) -> None:
                 with pytest.MonkeyPatch.context() as patch:
                     patch.setattr(Trainer, "save", killed)
                     with pytest.raises(KeyboardInterrupt):
-                        write_vae(**common, **run, **out)
+                        write_vaes(**common, **run, **listed(**out))
                 assert saves == [1, 2, 3]
-            write_vae(**common, **run, **out)
+            write_vaes(**common, **run, **listed(**out))
             made.append(out["weights"].read_bytes())
     assert made[0] == made[1]
 

@@ -16,8 +16,9 @@ from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative import checkpoint, diffusion, vae
 from dbdiffusion.generative.conditions import Doubt
 from dbdiffusion.generative.diffusion import fit_denoiser
+from dbdiffusion.generative.fitting import fit
 from dbdiffusion.generative.latents import Latents
-from dbdiffusion.generative.training import Plan, fit, learning_rate, split_rows
+from dbdiffusion.generative.training import Plan, learning_rate, split_rows
 from dbdiffusion.generative.vae import fit_vae
 from dbdiffusion.runtime.errors import UserError
 

@@ -91,8 +91,11 @@ class Denoiser(ByHand):
         """Mean squared error of `forward` against target (n, coordinates), rows weighted by (n,), as it is trained: each row takes one of
         the conditions (u, condition) by index (n,), the null label where that is u. Scalar; only parameters have gradients.
         """
-        if fused(y, conditions, target, weight):
-            return self._misfit_by_hand(y, t, conditions, index, target, weight)
+        by_hand = fused(y, conditions, target, weight)
+        return (self._misfit_by_hand if by_hand else self.misfit_of)(y, t, conditions, index, target, weight)
+
+    def misfit_of(self, y: Tensor, t: Tensor, conditions: Tensor, index: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        """`misfit` by torch's own operations."""
         table = torch.cat([self.embed(conditions), self.null_label()])
         predicted = self(y, t, table, index)
         return (weight * (predicted - target).square().mean(1)).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from dbdiffusion.generative import checkpoint, kernels
 from dbdiffusion.generative.cells import load_cells
 from dbdiffusion.generative.conditions import Conditions, Doubt, taken
 from dbdiffusion.generative.denoiser import Denoiser
+from dbdiffusion.generative.fitting import Fitted, at_once, fit_all, training_record
 from dbdiffusion.generative.guidance import Epsilon, guided
 from dbdiffusion.generative.kernels import array, fused
 from dbdiffusion.generative.latents import Latents, latents_of
@@ -24,7 +26,7 @@ from dbdiffusion.generative.offsets import MeanOffsets, fit_offsets
 from dbdiffusion.generative.recording import InParts
 from dbdiffusion.generative.samplers import SPACING
 from dbdiffusion.generative.schedule import NoiseSchedule, noise_schedule
-from dbdiffusion.generative.training import Fitted, Plan, fit, split_rows, training_record
+from dbdiffusion.generative.training import Plan, Training, split_rows
 from dbdiffusion.generative.vae import CellTensors, load_vae
 from dbdiffusion.runtime.device import resolve_device
 from dbdiffusion.runtime.errors import UserError
@@ -100,22 +102,33 @@ class Objective:
 @dataclass(frozen=True)
 class DiffusionLoss(InParts):
     """Weighted mean squared error of the prediction over cells and coordinates; the null label replaces a share of the labels, and `doubt`
-    makes conditions uncertain."""
+    makes conditions uncertain. filled: rows at least that the inputs have for conditions, beyond those there are without meaning."""
 
     latents: Latents
     objective: Objective
     label_dropout: float
     doubt: Doubt | None = None
+    filled: int = 0
 
     def inputs(self, rows: Tensor, stream: torch.Generator, share: float) -> tuple[Tensor, ...]:
         table = self.latents.conditions
         y, target, t, weight, label = self.objective.noised(self.latents, rows, stream, self.label_dropout)
         which, label = taken(label, len(table))
         conditions = self.doubt(table, which, stream) if self.doubt else table.index_select(0, which)
+        if (missing := self.filled - len(which)) > 0:  # The null label stays the one after the last.
+            label = label.masked_fill(label == len(which), self.filled)
+            conditions = torch.nn.functional.pad(conditions, (0, 0, 0, missing))
         return y, t, conditions, label, target, weight
 
     def value(self, network: Denoiser, *inputs: Tensor) -> Tensor:
-        return network.misfit(*inputs)
+        return network.misfit_of(*inputs)
+
+    def shape(self, rows: int) -> Hashable:
+        known, width = self.latents.conditions.shape
+        return max(self.filled, min(known, rows)), width
+
+    def __call__(self, network: Denoiser, rows: Tensor, stream: torch.Generator, share: float = 1.0) -> Tensor:
+        return network.misfit(*self.inputs(rows, stream, share))
 
 
 def diffusion_validation(latents: Latents, objective: Objective, rows: np.ndarray, seed: int, repeats: int = 4):
@@ -133,18 +146,19 @@ def diffusion_validation(latents: Latents, objective: Objective, rows: np.ndarra
     return validate
 
 
-def fit_denoiser(
+def denoiser_training(
     latents: Latents,
     config: DiffusionConfig,
     *,
     device: torch.device,
     seed: int,
     doubt: Doubt | None = None,
+    filled: int = 0,
     scratch: str | Path | None = None,
     on_step=None,
-) -> tuple[Denoiser, Fitted]:
-    """Train on the latents, their conditions as certain as `doubt` leaves them, or sharp without; the network comes back on the device in
-    evaluation mode with its averaged weights. The held-out loss is that of sharp conditions.
+) -> Training:
+    """Of a denoiser of these latents, their conditions as certain as `doubt` leaves them, or sharp without. The held-out loss is that of
+    sharp conditions. filled: see `DiffusionLoss`.
 
     Raises ValueError for labels without a condition.
     """
@@ -159,17 +173,22 @@ def fit_denoiser(
     settings = code_hash(__file__), config.model_dump(exclude={"cuda_graphs"}), str(plan.autocast), seed
     seen = latents.mean, latents.deviation, latents.label, latents.conditions, *(vars(doubt).values() if doubt else ())
     key = checkpoint.digest(*settings, *seen)
-    fitted = fit(
-        network,
-        DiffusionLoss(latents, objective, config.label_dropout, doubt),
-        plan,
-        device=device,
-        validate=diffusion_validation(latents, objective, held, seed),
-        path=checkpoint.scratch_file(scratch, "diffusion", key),
-        on_step=on_step,
-    )
-    network.load_state_dict(fitted.weights)
-    return network.eval(), fitted
+    loss = DiffusionLoss(latents, objective, config.label_dropout, doubt, filled)
+    path = checkpoint.scratch_file(scratch, "diffusion", key)
+    return Training(network, loss, plan, diffusion_validation(latents, objective, held, seed), path, on_step)
+
+
+def trained_denoiser(training: Training, fitted: Fitted) -> Denoiser:
+    """With its best averaged weights, in evaluation mode."""
+    training.network.load_state_dict(fitted.weights)
+    return training.network.eval()
+
+
+def fit_denoiser(latents: Latents, config: DiffusionConfig, *, device: torch.device, **options) -> tuple[Denoiser, Fitted]:
+    """Train on the latents; the network comes back on the device in evaluation mode; options: of `denoiser_training`."""
+    training = denoiser_training(latents, config, device=device, **options)
+    fitted = fit_all([training], device=device)[0]
+    return trained_denoiser(training, fitted), fitted
 
 
 def epsilon_of(network: Denoiser, objective: Objective, conditions: Tensor, guidance: Tensor) -> Epsilon:
@@ -190,68 +209,81 @@ def sampling_schedule(config: DiffusionConfig, sampler: str, steps: int) -> Nois
     return noise_schedule(config.schedule, config.timesteps).respaced(steps, SPACING[sampler])
 
 
-def write_diffusion(
+@dataclass(frozen=True)
+class _Begun:
+    """What the denoiser of one cross-fit model is learned from; seed: of the model."""
+
+    known: Conditions
+    latents: Latents
+    offsets: MeanOffsets
+    cells: int
+    seed: int
+
+
+def write_diffusions(
     *,
     cells: str | Path,
     splits: str | Path,
     effects: str | Path,
-    embedding: str | Path,
-    vae: str | Path,
-    vae_record: str | Path,
+    embedding: Sequence[str | Path],
+    vae: Sequence[str | Path],
+    vae_record: Sequence[str | Path],
     fold: str,
-    crossfit: str,
+    crossfit: Sequence[str],
     config: DiffusionConfig,
     device: str,
     seed: int,
     scratch: str | Path | None,
-    weights: str | Path,
-    record: str | Path,
+    weights: Sequence[str | Path],
+    record: Sequence[str | Path],
 ) -> None:
-    """Learn the denoiser of cross-fit model `crossfit` of `fold` on the latents of its own perturbations' cells and the control's.
+    """Learn the denoisers of cross-fit models of `fold`, each on the latents of its own perturbations' cells and the control's; those of
+    `at_once` side by side.
 
     Training perturbations are conditioned on their own embedding (role train), on features, or both, sharp or uncertain. weights:
-    safetensors; record: JSON. A killed training resumes from `scratch`.
+    safetensors; record: JSON; as embedding, vae and vae_record one for each of `crossfit`. Killed trainings resume from `scratch`, ended
+    ones among them.
     """
-    on = resolve_device(device)
-    network = load_vae(vae, vae_record, on)
-    data = load_cells(cells, splits, EffectSet.read(effects), fold=fold, crossfit=crossfit)
-    if read_json(vae_record)["genes_digest"] != checkpoint.digest(data.genes):
-        raise UserError(
-            "the autoencoder was learned on another panel of genes", where=str(vae_record), fix="make it again from these effects"
-        )
-    known = Conditions.read(embedding, config).select(("train", "control"))
-    label = known.names.get_indexer(data.perturbation)
-    if (label < 0).any():
-        absent = sorted(set(data.perturbation[label < 0]))
-        raise UserError(f"no own embedding for {absent[:5]}", where=str(embedding), fix="make it again for this fold and cross-fit model")
-    standardise = config.standardise_latent
-    tensors = CellTensors.make(data, network.counts, on)
-    latents = latents_of(network, tensors, label, known.values, standardise)
-    seed = derive_seed(seed, "diffusion", fold, crossfit)
-    offsets = MeanOffsets.none(known.values.shape[1], network.genes)
-    if config.mean_offsets and known.placed:
-        offsets = fit_offsets(network, tensors, latents, seed, known.placed)
-    denoiser, fitted = fit_denoiser(latents, config, device=on, seed=seed, doubt=known.doubt(on), scratch=scratch)
-    checkpoint.save(
-        weights,
-        {
-            **checkpoint.prefixed("denoiser", denoiser.state_dict()),
-            "offsets.intercept": offsets.intercept,
-            "offsets.weight": offsets.weight,
-        },
-    )
-    write_json(
-        record,
-        {
-            "fold": fold,
-            "crossfit": crossfit,
-            "config": config.model_dump(),
-            "architecture": {"coordinates": denoiser.coordinates, "condition": denoiser.condition},
-            "cells": len(data),
-            "perturbations": [name for name in known.names if name != CONTROL],
-            **training_record(fitted, on, denoiser),
-        },
-    )
+    on, panel = resolve_device(device), EffectSet.read(effects)
+
+    def begun(name: str, embedding: str | Path, vae: str | Path, vae_record: str | Path) -> _Begun:
+        network = load_vae(vae, vae_record, on)
+        data = load_cells(cells, splits, panel, fold=fold, crossfit=name)
+        if read_json(vae_record)["genes_digest"] != checkpoint.digest(data.genes):
+            fix = "make it again from these effects"
+            raise UserError("the autoencoder was learned on another panel of genes", where=str(vae_record), fix=fix)
+        known = Conditions.read(embedding, config).select(("train", "control"))
+        label = known.names.get_indexer(data.perturbation)
+        if (label < 0).any():
+            absent, fix = sorted(set(data.perturbation[label < 0])), "make it again for this fold and cross-fit model"
+            raise UserError(f"no own embedding for {absent[:5]}", where=str(embedding), fix=fix)
+        tensors = CellTensors.make(data, network.counts, on)
+        latents = latents_of(network, tensors, label, known.values, config.standardise_latent)
+        own_seed = derive_seed(seed, "diffusion", fold, name)
+        offsets = MeanOffsets.none(known.values.shape[1], network.genes)
+        if config.mean_offsets and known.placed:
+            offsets = fit_offsets(network, tensors, latents, own_seed, known.placed)
+        return _Begun(known, latents, offsets, len(data), own_seed)
+
+    for models in at_once(list(zip(crossfit, embedding, vae, vae_record, weights, record, strict=True)), on):
+        made = [begun(*model[:4]) for model in models]
+        # As many conditions for all, for those side by side have inputs of one shape.
+        filled = max(min(len(one.latents.conditions), config.batch_size) for one in made)
+        options = {"device": on, "filled": filled, "scratch": scratch}
+        trainings = [denoiser_training(one.latents, config, seed=one.seed, doubt=one.known.doubt(on), **options) for one in made]
+        for model, one, training, fitted in zip(models, made, trainings, fit_all(trainings, device=on), strict=True):
+            denoiser, (name, *_, to_weights, to_record) = trained_denoiser(training, fitted), model
+            offsets = {"offsets.intercept": one.offsets.intercept, "offsets.weight": one.offsets.weight}
+            checkpoint.save(to_weights, {**checkpoint.prefixed("denoiser", denoiser.state_dict()), **offsets})
+            about = {
+                "fold": fold,
+                "crossfit": name,
+                "config": config.model_dump(),
+                "architecture": {"coordinates": denoiser.coordinates, "condition": denoiser.condition},
+                "cells": one.cells,
+                "perturbations": [name for name in one.known.names if name != CONTROL],
+            }
+            write_json(to_record, {**about, **training_record(fitted, on, denoiser)})
     if scratch is not None:
         checkpoint.discard_all(scratch, "diffusion")
 

@@ -46,26 +46,37 @@ def log_gamma_and_digamma(x: Tensor, digamma: bool = True) -> tuple[Tensor, Tens
 class _NegativeBinomial(torch.autograd.Function):
     """With u = mean / r: -ln NB = ln Gamma(r) - ln Gamma(c + r) + (c + r) ln(1 + u) - c ln u, summed over genes."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: FunctionCtx, counts: Tensor, log_rate: Tensor, log_size: Tensor, log_r: Tensor) -> Tensor:
-        r, wanted = torch.exp(log_r), any(ctx.needs_input_grad)
-        total, gap = counts + r, (log_rate + (log_size[:, None] - log_r)).clamp_(max=LARGEST_GAP)
+    def forward(
+        counts: Tensor, log_rate: Tensor, log_size: Tensor, log_r: Tensor, wanted: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The value (n,), and where wanted its derivatives by ln mean and ln r."""
+        r = torch.exp(log_r)
+        total, gap = counts + r, (log_rate + (log_size[:, None] - log_r)).clamp(max=LARGEST_GAP)
         u = torch.exp(gap)
         excess = torch.log1p(u)
         at_total, slope = log_gamma_and_digamma(total, wanted)
         at_r, slope_r = log_gamma_and_digamma(r, wanted)
-        value = torch.addcmul(at_r - at_total, total, excess).addcmul_(counts, gap, value=-1).sum(1)
-        if wanted:
-            # The derivatives by ln mean, (c + r) u / (1 + u) - c, and by ln r.
-            by_mean = (u / (u + 1)).mul_(total).sub_(counts)
-            by_r = excess.add_(slope_r).sub_(slope).mul_(r).sub_(by_mean)
-            ctx.save_for_backward(by_mean, by_r)
-        return value
+        value = torch.addcmul(torch.addcmul(at_r - at_total, total, excess), counts, gap, value=-1).sum(1)
+        if not wanted:
+            return value, None, None
+        # By ln mean (c + r) u / (1 + u) - c.
+        by_mean = (u / (u + 1)).mul_(total).sub_(counts)
+        return value, by_mean, excess.add_(slope_r).sub_(slope).mul_(r).sub_(by_mean)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[None, Tensor, None, Tensor]:
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+        if inputs[-1]:
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[None, Tensor, None, Tensor, None]:
         by_mean, by_r = ctx.saved_tensors
-        return None, by_mean * grad[:, None], None, grad @ by_r
+        return None, by_mean * grad[:, None], None, grad @ by_r, None
 
 
 def nb_negative_log_likelihood(counts: Tensor, log_rate: Tensor, log_size: Tensor, log_r: Tensor) -> Tensor:
@@ -74,7 +85,7 @@ def nb_negative_log_likelihood(counts: Tensor, log_rate: Tensor, log_size: Tenso
     counts, log_rate: (n, G); log_size: (n,), of the cells, without gradient: ln mean is log_rate + log_size; log_r: (G,), at most
     LARGEST_LOG_R; variance mean + mean^2 / r. Returns (n,).
     """
-    return _NegativeBinomial.apply(counts, log_rate, log_size, log_r)
+    return _NegativeBinomial.apply(counts, log_rate, log_size, log_r, torch.is_grad_enabled())[0]
 
 
 def expected_log1p(rate: Tensor, scale: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,12 @@ class InParts(ABC):
 
     @abstractmethod
     def value(self, network: nn.Module, *inputs: Input) -> Tensor:
-        """The loss; no number of inputs is looked at by Python."""
+        """The loss by torch's own operations; no number of inputs is looked at by Python."""
+
+    @abstractmethod
+    def shape(self, rows: int) -> Hashable:
+        """What losses have in common whose inputs for so many rows are of the same shapes, and whose `value` is the same for networks of one
+        shape."""
 
     def __call__(self, network: nn.Module, rows: Tensor, stream: torch.Generator, share: float = 1.0) -> Tensor:
         return self.value(network, *self.inputs(rows, stream, share))

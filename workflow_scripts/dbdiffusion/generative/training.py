@@ -10,7 +10,6 @@ import contextlib
 import logging
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +25,6 @@ from dbdiffusion.generative.by_hand import value_and_gradients
 from dbdiffusion.generative.optimiser import AdamW
 from dbdiffusion.generative.recording import InParts, Recorded
 from dbdiffusion.runtime.errors import UserError
-from dbdiffusion.runtime.progress import Progress
-from dbdiffusion.runtime.provenance import versions
 from dbdiffusion.runtime.seeds import derive_seed, rng
 
 logger = logging.getLogger(__name__)
@@ -95,22 +92,21 @@ class Plan:
         return max(1, math.ceil(self.total_steps / self.steps_per_epoch / self.validations))
 
 
-@dataclass
-class Fitted:
-    """weights: the state to keep (CPU); history: one row per validated epoch (epoch, step, train, validation loss); precision: that of
-    products, fp32 or bf16; recorded: steps were replayed as a CUDA graph."""
+@dataclass(frozen=True)
+class Training:
+    """What `fitting.fit_all` is told of one network.
 
-    weights: dict[str, Tensor]
-    history: list[dict[str, float]]
-    seconds: float
-    steps: int
-    best_epoch: int
-    precision: str
-    recorded: bool
+    loss: see `Loss`; validate: mean held-out loss of a network in evaluation mode, the same noise at every call; path: file of the
+    training state, written every plan.checkpoint_seconds and at the end, and left to the caller to remove; on_step: called after each step
+    with its number.
+    """
 
-    @property
-    def steps_per_second(self) -> float:
-        return self.steps / max(self.seconds, 1e-9)
+    network: nn.Module
+    loss: Loss
+    plan: Plan
+    validate: Callable[[nn.Module], float] | None = None
+    path: Path | None = None
+    on_step: Callable[[int], None] | None = None
 
 
 @dataclass
@@ -159,19 +155,30 @@ def deterministic() -> Iterator[None]:
 
 
 class Trainer:
-    """One run of training with checkpoints; use `fit`."""
+    """One run of training with checkpoints; use `fitting.fit_all`."""
 
     def __init__(self, network: nn.Module, plan: Plan, device: torch.device, path: Path | None) -> None:
         self.network, self.plan, self.device, self.path = network.to(device), plan, device, path
         self.optimiser = AdamW([p for p in network.parameters() if p.requires_grad], plan.weight_decay, CLIP)
-        self.values = self.optimiser.values
         self.averaged = self.values.clone() if plan.ema else None
         self.running = torch.zeros((), device=device)
         self.best: dict[str, Tensor] = {}
         self.state = _State()
         self.noise = torch.Generator(device)
         self.recorded: Recorded | None = None
+        self.replayed = False
+        """Whether the latest step was one of a CUDA graph."""
         self._order: tuple[int, Tensor] | None = None
+
+    @property
+    def values(self) -> Tensor:
+        """All parameters (n,)."""
+        return self.optimiser.values
+
+    @property
+    def going(self) -> bool:
+        """Whether there are steps to do."""
+        return self.state.step < self.plan.total_steps and not self.state.stopped
 
     def rows(self, step: int) -> Tensor:
         """The batch of a step."""
@@ -181,12 +188,19 @@ class Trainer:
             self._order = epoch, torch.from_numpy(order).to(self.device)
         return self._order[1][at * self.plan.batch : (at + 1) * self.plan.batch]
 
-    def advance(self, loss: Loss) -> None:
-        """One step of gradient descent; the loss of the first one is that of all."""
+    def batch(self) -> tuple[Tensor, torch.Generator, float]:
+        """What the loss of the next step takes."""
         plan, step = self.plan, self.state.step
         self.noise.manual_seed(derive_seed(plan.seed, plan.what, "noise", step))
-        batch = self.rows(step), self.noise, step / plan.total_steps
-        settings = self.optimiser.settings(learning_rate(step, plan.total_steps, plan.learning_rate))
+        return self.rows(step), self.noise, step / plan.total_steps
+
+    def settings(self) -> tuple[float, float, float]:
+        """What the optimiser's next step takes."""
+        return self.optimiser.settings(learning_rate(self.state.step, self.plan.total_steps, self.plan.learning_rate))
+
+    def advance(self, loss: Loss) -> None:
+        """One step of gradient descent; the loss of the first one is that of all."""
+        plan, batch, settings = self.plan, self.batch(), self.settings()
         if self.device.type == "cuda" and plan.cuda_graphs and isinstance(loss, InParts):
             if self.recorded is None:
 
@@ -195,9 +209,15 @@ class Trainer:
 
                 self.recorded = Recorded(descend, self.device)
             self.recorded(*settings, *loss.inputs(*batch))
+            self.replayed = self.recorded.graph is not None
         else:
             self._descend(lambda: loss(self.network, *batch), settings)
-        self.state.step = step + 1
+        self.count()
+
+    def count(self) -> None:
+        """After a step: its number, and the averaged weights."""
+        plan = self.plan
+        self.state.step += 1
         if self.averaged is not None and self.state.step % EMA_EVERY == 0:
             updates = self.state.step // EMA_EVERY
             self.averaged.lerp_(self.values, 1 - min(plan.ema**EMA_EVERY, updates / (updates + 10)))
@@ -290,71 +310,8 @@ class Trainer:
         return True
 
 
-def fit(
-    network: nn.Module,
-    loss: Loss,
-    plan: Plan,
-    *,
-    device: torch.device,
-    validate: Callable[[nn.Module], float] | None = None,
-    path: Path | None = None,
-    on_step: Callable[[int], None] | None = None,
-) -> Fitted:
-    """Train `network` and return the weights of the best validated epoch (of the last one without validation).
-
-    loss: see `Loss`; validate: mean held-out loss of a network in evaluation mode, the same noise at every call; path: file of the
-    training state, written every plan.checkpoint_seconds and left to the caller to remove; on_step: called after each step with its number.
-    """
-    with deterministic():
-        trainer = Trainer(network, plan, device, path)
-        trainer.resume()
-        network.train()
-        state, began = trainer.state, time.monotonic()
-        before, saved = state.seconds, began
-        with Progress(plan.total_steps, plan.what, start=state.step) as progress:
-            while state.step < plan.total_steps and not state.stopped:
-                trainer.advance(loss)
-                trainer.close_epoch(validate)
-                state.seconds = before + time.monotonic() - began
-                shown = {k: v for k, v in (state.history[-1] if state.history else {}).items() if k in ("train", "validation")}
-                progress.update(1, **shown)
-                if path is not None and time.monotonic() - saved >= plan.checkpoint_seconds:
-                    trainer.save()
-                    saved = time.monotonic()
-                if on_step is not None:
-                    on_step(state.step)
-        weights = {name: value.cpu().contiguous() for name, value in trainer.best.items()}
-        precision = "fp32" if plan.autocast is None else "bf16"
-        recorded = trainer.recorded is not None and trainer.recorded.graph is not None
-        # It knows the trainer and all its data, which would stay until somebody looks for such circles.
-        trainer.recorded = None
-        return Fitted(weights, state.history, state.seconds, state.step, state.best_epoch, precision, recorded)
-
-
 def split_rows(n: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows for training and for validation (both sorted); validation may be empty."""
     held = int(round(share * n)) if n >= 20 else 0
     order = rng(seed, "validation").permutation(n)
     return np.sort(order[held:]), np.sort(order[:held])
-
-
-def training_record(fitted: Fitted, device: torch.device, network: nn.Module) -> dict:
-    """What every record says of its training."""
-    return {
-        "parameters": sum(p.numel() for p in network.parameters()),
-        "history": fitted.history,
-        "best_epoch": fitted.best_epoch,
-        "steps": fitted.steps,
-        "precision": fitted.precision,
-        "seconds": round(fitted.seconds, 3),
-        "steps_per_second": round(fitted.steps_per_second, 3),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        **(_gpu_record(fitted, device) if device.type == "cuda" else {}),
-        "threads": torch.get_num_threads(),
-        "versions": versions("torch", "numpy", "safetensors"),
-    }
-
-
-def _gpu_record(fitted: Fitted, device: torch.device) -> dict:
-    """Memory is that of the process, whose one job was this training."""
-    return {"gpu_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3), "cuda_graph": fitted.recorded}

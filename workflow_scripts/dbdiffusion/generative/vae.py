@@ -14,6 +14,7 @@ Batches enter as a covariate of encoder and decoder and are generated in the con
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,11 +29,12 @@ from dbdiffusion.data.sets import EffectSet
 from dbdiffusion.generative import checkpoint, vae_cpu
 from dbdiffusion.generative.by_hand import ByHand, Value
 from dbdiffusion.generative.cells import TARGET_SUM, Cells, Matrix, load_cells
+from dbdiffusion.generative.fitting import Fitted, at_once, fit_all, training_record
 from dbdiffusion.generative.kernels import fused
 from dbdiffusion.generative.likelihood import LARGEST_GAP, LARGEST_LOG_R, expected_log1p, nb_negative_log_likelihood
 from dbdiffusion.generative.networks import BatchLinear, parameters_of, seeded, trunk
 from dbdiffusion.generative.recording import InParts
-from dbdiffusion.generative.training import Fitted, Plan, fit, split_rows, training_record
+from dbdiffusion.generative.training import Plan, Training, split_rows
 from dbdiffusion.runtime.device import resolve_device
 from dbdiffusion.runtime.errors import UserError
 from dbdiffusion.runtime.files import read_json, write_json
@@ -298,6 +300,9 @@ class VaeLoss(InParts):
     def value(self, network: CellVae, *inputs: Tensor | float) -> Tensor:
         return network.negative_bound_of(*inputs) if network.variational else network.reconstruction_error(*inputs)
 
+    def shape(self, rows: int) -> Hashable:
+        return self.config.model_dump_json(), self.data.expression.shape[1]
+
     def __call__(self, network: CellVae, rows: Tensor, stream: torch.Generator | None, share: float = 1.0) -> Tensor:
         if not network.variational:
             return super().__call__(network, rows, stream, share)
@@ -332,10 +337,10 @@ def encode_all(network: CellVae, data: CellTensors, chunk: int = 4096) -> tuple[
     return torch.cat(means), torch.cat(deviations)
 
 
-def fit_vae(
+def vae_training(
     cells: Cells, config: VaeConfig, *, device: torch.device, seed: int, scratch: str | Path | None = None, on_step=None
-) -> tuple[CellVae, Fitted]:
-    """Train on the cells; the network comes back on the device in evaluation mode, with the moments of its latents."""
+) -> Training:
+    """Of an autoencoder of these cells, which has the input scaling and intercepts of them."""
     network = seeded(lambda: CellVae(len(cells.genes), len(cells.batches), config), derive_seed(seed, "vae", "weights"))
     network.start_from(cells)
     train, held = split_rows(len(cells), config.validation_share, derive_seed(seed, "vae"))
@@ -354,55 +359,71 @@ def fit_vae(
     )
     path = checkpoint.scratch_file(scratch, "vae", key)
     data = CellTensors.make(cells, network.counts, device)
-    fitted = fit(
-        network, VaeLoss(data, config), plan, device=device, validate=vae_validation(data, config, held, seed), path=path, on_step=on_step
-    )
+    return Training(network, VaeLoss(data, config), plan, vae_validation(data, config, held, seed), path, on_step)
+
+
+def trained_vae(training: Training, fitted: Fitted) -> CellVae:
+    """With its best weights in evaluation mode, and the moments of its latents."""
+    network, data = training.network, training.loss.data
     network.load_state_dict(fitted.weights)
     network.eval()
     mean, deviation = encode_all(network, data)
     network.latent_mean.copy_(mean.mean(0))
     # The spread of the aggregate posterior: what the diffusion model learns are draws from it.
     network.latent_sd.copy_((mean.var(0, unbiased=False) + deviation.square().mean(0)).sqrt().clamp_min(1e-6))
-    return network, fitted
+    return network
 
 
-def write_vae(
+def fit_vae(cells: Cells, config: VaeConfig, *, device: torch.device, **options) -> tuple[CellVae, Fitted]:
+    """Train on the cells; the network comes back on the device in evaluation mode; options: of `vae_training`."""
+    training = vae_training(cells, config, device=device, **options)
+    fitted = fit_all([training], device=device)[0]
+    return trained_vae(training, fitted), fitted
+
+
+def write_vaes(
     *,
     cells: str | Path,
     splits: str | Path,
     effects: str | Path,
     fold: str,
-    crossfit: str,
+    crossfit: Sequence[str],
     config: VaeConfig,
     device: str,
     seed: int,
     scratch: str | Path | None,
-    weights: str | Path,
-    record: str | Path,
+    weights: Sequence[str | Path],
+    record: Sequence[str | Path],
 ) -> None:
-    """Learn the autoencoder of cross-fit model `crossfit` of `fold` from its own perturbations' cells and the control's.
+    """Learn the autoencoders of cross-fit models of `fold`, each from its own perturbations' cells and the control's; those of `at_once`
+    side by side.
 
-    weights: safetensors; record: JSON with config, architecture, loss history and cost. A killed training resumes from `scratch`.
+    weights: safetensors; record: JSON with config, architecture, loss history and cost; one for each of `crossfit`. Killed trainings resume
+    from `scratch`, ended ones among them.
     """
-    panel = EffectSet.read(effects)
-    data = load_cells(cells, splits, panel, fold=fold, crossfit=crossfit)
-    on = resolve_device(device)
-    seed = derive_seed(seed, "vae", fold, crossfit)
-    network, fitted = fit_vae(data, config, device=on, seed=seed, scratch=scratch)
-    checkpoint.save(weights, network.state_dict())
-    write_json(
-        record,
-        {
-            "fold": fold,
-            "crossfit": crossfit,
-            "config": config.model_dump(),
-            "architecture": {"genes": network.genes, "latent": network.latent, "coordinates": network.coordinates, "batches": data.batches},
-            "genes_digest": checkpoint.digest(data.genes),
-            "cells": len(data),
-            "perturbations": sorted(set(data.perturbation)),
-            **training_record(fitted, on, network),
-        },
-    )
+    panel, on = EffectSet.read(effects), resolve_device(device)
+
+    def begun(name: str) -> tuple[Cells, Training]:
+        data = load_cells(cells, splits, panel, fold=fold, crossfit=name)
+        return data, vae_training(data, config, device=on, seed=derive_seed(seed, "vae", fold, name), scratch=scratch)
+
+    for models in at_once(list(zip(crossfit, weights, record, strict=True)), on):
+        started = [begun(name) for name, _, _ in models]
+        fits = fit_all([training for _, training in started], device=on)
+        for (name, to_weights, to_record), (data, training), fitted in zip(models, started, fits, strict=True):
+            network = trained_vae(training, fitted)
+            checkpoint.save(to_weights, network.state_dict())
+            shape = {"genes": network.genes, "latent": network.latent, "coordinates": network.coordinates, "batches": data.batches}
+            about = {
+                "fold": fold,
+                "crossfit": name,
+                "config": config.model_dump(),
+                "architecture": shape,
+                "genes_digest": checkpoint.digest(data.genes),
+                "cells": len(data),
+                "perturbations": sorted(set(data.perturbation)),
+            }
+            write_json(to_record, {**about, **training_record(fitted, on, network)})
     if scratch is not None:
         checkpoint.discard_all(scratch, "vae")
 
