@@ -128,6 +128,7 @@ def source_of(wildcards):
 
 
 # A training job is of one cross-fit model, or of all of a fold.
+MODELS_A_JOB = len(CROSSFIT) if CONFIG.run.side_by_side else 1
 OF_JOB = "" if CONFIG.run.side_by_side else "crossfit{crossfit}/"
 
 

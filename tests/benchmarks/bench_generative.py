@@ -12,6 +12,7 @@ Seconds per target of this project are those of a fold: training, trials of guid
 pseudo-targets are taken as guided, which they are where guidance is found to help: each cell is two passes of the network a step then.
 Shares of the matrix-multiply rate: operations of a training step over its time, against the rate of products of the batch and the widest
 layer, measured in turns with the steps; in single precision, and in the precision that the steps' products have.
+`side_by_side_gain`: training steps a second of the models of a fold side by side, over those of one after another.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ from dbdiffusion.data.simulate import write_screen
 from dbdiffusion.figures import style
 from dbdiffusion.generative.cells import Cells
 from dbdiffusion.generative.conditions import Conditions
-from dbdiffusion.generative.diffusion import DiffusionLoss, Objective, fit_denoiser, sampling_schedule
+from dbdiffusion.generative.diffusion import DiffusionLoss, Objective, denoiser_training, fit_denoiser, sampling_schedule
 from dbdiffusion.generative.generate import SEEN, Generator
 from dbdiffusion.generative.latents import latents_of
 from dbdiffusion.generative.offsets import MeanOffsets, fit_offsets
-from dbdiffusion.generative.training import Plan, Trainer, deterministic
+from dbdiffusion.generative.side_by_side import SideBySide
+from dbdiffusion.generative.training import Plan, Trainer, Training, deterministic
 from dbdiffusion.generative.tuning import CELLS, STRENGTHS, best_strength, trial_errors
-from dbdiffusion.generative.vae import CellTensors, VaeLoss, fit_vae
+from dbdiffusion.generative.vae import CellTensors, VaeLoss, fit_vae, vae_training
 from dbdiffusion.runtime.device import resolve_device
 from dbdiffusion.runtime.files import write_json
 
@@ -93,8 +95,8 @@ class Rate:
 
 @dataclass
 class Result:
-    """Seconds of training, training rates of both models, cells sampled a second (as the protocol guides, and without guidance) and
-    quality."""
+    """Seconds of training, training rates of both models, cells sampled a second (as the protocol guides, and without guidance), quality,
+    and what training MODELS of both side by side gains."""
 
     vae_seconds: float
     diffusion_seconds: float
@@ -104,6 +106,7 @@ class Result:
     unguided_cells_per_second: float
     quality: dict[str, float]
     steps: dict[str, list[float]]
+    side_by_side: dict[str, float]
 
 
 def screen(folder: Path, **sizes: int) -> tuple[Cells, Cells]:
@@ -162,6 +165,26 @@ def training_rate(
             if turn:  # The first one warms up.
                 found.append((steps, *(flops * steps / rate for rate in rates)))
     return Rate(*np.median(found, axis=0).tolist(), "fp32" if plan.autocast is None else "bf16")
+
+
+def side_by_side_gain(trainings: list[Training], rounds: int, device: torch.device) -> float:
+    """Steps a second of networks side by side against as many one after another, as one alone takes them; in turns, the median over rounds.
+
+    trainings: one more than go side by side.
+    """
+    alone, *several = (Trainer(one.network.train(), one.plan, device, None) for one in trainings)
+    together, found = SideBySide(several, [one.loss for one in trainings[1:]]), []
+    with deterministic():
+        for turn in range(rounds + 1):
+            seconds = []
+            for step in (together.advance, partial(alone.advance, trainings[0].loss)):
+                began = now(device)
+                for _ in range(40):
+                    step()
+                seconds.append(now(device) - began)
+            if turn:  # The first one warms up.
+                found.append(len(several) * seconds[1] / seconds[0])
+    return float(np.median(found))
 
 
 def peak_memory(device: torch.device) -> float:
@@ -310,7 +333,13 @@ def run(
         training_rate(network, losses[0], vae, vae.hidden[0], len(train), rounds, device),
         training_rate(denoiser, losses[1], diffusion, diffusion.widths[0], len(train), rounds, device),
     )
-    return Result(first.seconds, second.seconds, *rates, guided, unguided, quality, by_steps)
+    gains = {}
+    if steps:
+        many = range(MODELS + 1)
+        of_vae = [vae_training(train, vae, device=device, seed=seed) for seed in many]
+        of_denoiser = [denoiser_training(latents, diffusion, device=device, seed=seed, doubt=doubt) for seed in many]
+        gains = {name: side_by_side_gain(made, rounds, device) for name, made in (("vae", of_vae), ("diffusion", of_denoiser))}
+    return Result(first.seconds, second.seconds, *rates, guided, unguided, quality, by_steps, gains)
 
 
 def fold_seconds(made: Result) -> float:
@@ -434,6 +463,7 @@ def main(threads: str = "1", where: str = "cpu", graphs: str = "") -> None:
         "single_precision": {"vae": asdict(plain.vae), "diffusion": asdict(plain.diffusion)},
         "quality_reference_equal_budget": reference.quality,
         "energy_distance_by_steps": ours.steps,
+        "side_by_side_gain": ours.side_by_side,
         "vae_seconds": ours.vae_seconds,
         "diffusion_seconds": ours.diffusion_seconds,
         "cells": len(train),

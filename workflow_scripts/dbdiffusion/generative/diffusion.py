@@ -265,7 +265,7 @@ def write_diffusions(
             offsets = fit_offsets(network, tensors, latents, own_seed, known.placed)
         return _Begun(known, latents, offsets, len(data), own_seed)
 
-    for models in at_once(list(zip(crossfit, embedding, vae, vae_record, weights, record, strict=True)), on):
+    def learn(models: Sequence[tuple]) -> None:
         made = [begun(*model[:4]) for model in models]
         # As many conditions for all, for those side by side have inputs of one shape.
         filled = max(min(len(one.latents.conditions), config.batch_size) for one in made)
@@ -284,6 +284,9 @@ def write_diffusions(
                 "perturbations": [name for name in one.known.names if name != CONTROL],
             }
             write_json(to_record, {**about, **training_record(fitted, on, denoiser)})
+
+    for models in at_once(list(zip(crossfit, embedding, vae, vae_record, weights, record, strict=True)), on):
+        learn(models)
     if scratch is not None:
         checkpoint.discard_all(scratch, "diffusion")
 

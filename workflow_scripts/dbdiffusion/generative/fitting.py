@@ -139,5 +139,5 @@ def training_record(fitted: Fitted, device: torch.device, network: nn.Module) ->
 
 
 def _gpu_record(fitted: Fitted, device: torch.device) -> dict:
-    """Memory is that of the process, whose one job was this training."""
+    """Memory is that of the process, of all that it has trained."""
     return {"gpu_memory_gib": round(torch.cuda.max_memory_allocated(device) / 2**30, 3), "cuda_graph": fitted.recorded}

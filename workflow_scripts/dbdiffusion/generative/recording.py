@@ -35,8 +35,8 @@ class InParts(ABC):
 
     @abstractmethod
     def shape(self, rows: int) -> Hashable:
-        """What losses have in common whose inputs for so many rows are of the same shapes, and whose `value` is the same for networks of one
-        shape."""
+        """What losses have in common whose inputs for so many rows are of the same shapes, and whose `value` is the same for the same
+        network."""
 
     def __call__(self, network: nn.Module, rows: Tensor, stream: torch.Generator, share: float = 1.0) -> Tensor:
         return self.value(network, *self.inputs(rows, stream, share))

@@ -407,7 +407,7 @@ def write_vaes(
         data = load_cells(cells, splits, panel, fold=fold, crossfit=name)
         return data, vae_training(data, config, device=on, seed=derive_seed(seed, "vae", fold, name), scratch=scratch)
 
-    for models in at_once(list(zip(crossfit, weights, record, strict=True)), on):
+    def learn(models: Sequence[tuple[str, str | Path, str | Path]]) -> None:
         started = [begun(name) for name, _, _ in models]
         fits = fit_all([training for _, training in started], device=on)
         for (name, to_weights, to_record), (data, training), fitted in zip(models, started, fits, strict=True):
@@ -424,6 +424,9 @@ def write_vaes(
                 "perturbations": sorted(set(data.perturbation)),
             }
             write_json(to_record, {**about, **training_record(fitted, on, network)})
+
+    for models in at_once(list(zip(crossfit, weights, record, strict=True)), on):
+        learn(models)
     if scratch is not None:
         checkpoint.discard_all(scratch, "vae")
 
