@@ -14,7 +14,7 @@ from test_training import StopTraining, doubt, stop_at
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative.cells import Cells
 from dbdiffusion.generative.diffusion import DiffusionLoss, denoiser_training
-from dbdiffusion.generative.fitting import Fitted, at_once, fit_all
+from dbdiffusion.generative.fitting import Fitted, each_or_all, fit_all
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.side_by_side import SideBySide, alike
 from dbdiffusion.generative.training import Training
@@ -185,7 +185,27 @@ def test_who_goes_beside_whom(three: list[Cells]) -> None:
     assert alike([*vaes(three[:1]), *vaes(three[1:2], kl_weight=0.5)]) == [[0], [1]]
     assert alike(vaes(three, norm="batch")) == [[0], [1], [2]]
     assert alike([replace(one, loss=lambda *given: None) for one in some]) == [[0], [1], [2]]
-    assert at_once([1, 2], GPU) == [[1, 2]] and at_once([1, 2], CPU) == [[1], [2]]
+
+
+def test_all_at_once_on_a_gpu_that_holds_them(caplog) -> None:
+    def calls(device: torch.device, most: int = 9, models: tuple[int, ...] = (1, 2)) -> list[list[int]]:
+        found: list[list[int]] = []
+
+        def learn(some: Sequence[int]) -> None:
+            if len(some) > most:
+                raise torch.cuda.OutOfMemoryError
+            found.append(list(some))
+
+        each_or_all(models, device, learn)
+        return found
+
+    assert calls(GPU) == [[1, 2]]
+    assert calls(CPU) == [[1], [2]]
+    assert not caplog.records
+    assert calls(GPU, 1) == [[1], [2]]
+    assert "one after another" in caplog.text
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        calls(GPU, 0, (1,))
 
 
 def test_filled_conditions_change_nothing() -> None:

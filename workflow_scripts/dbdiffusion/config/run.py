@@ -20,5 +20,5 @@ class RunConfig(Block):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     """auto (a GPU where there is one), cpu, cuda or cuda:N (an error where there is none)."""
     side_by_side: bool = False
-    """Train the cross-fit models of a fold in one job: on a GPU side by side, with batched weights (its memory has to hold the cells of
-    all), on a CPU one after another. Not yet tried on a GPU."""
+    """Train the cross-fit models of a fold in one job: on a GPU that can hold the cells of all side by side, with batched weights, else one
+    after another. Not yet tried on a GPU."""

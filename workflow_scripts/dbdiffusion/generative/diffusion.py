@@ -17,7 +17,7 @@ from dbdiffusion.generative import checkpoint, kernels
 from dbdiffusion.generative.cells import load_cells
 from dbdiffusion.generative.conditions import Conditions, Doubt, taken
 from dbdiffusion.generative.denoiser import Denoiser
-from dbdiffusion.generative.fitting import Fitted, at_once, fit_all, training_record
+from dbdiffusion.generative.fitting import Fitted, each_or_all, fit_all, training_record
 from dbdiffusion.generative.guidance import Epsilon, guided
 from dbdiffusion.generative.kernels import array, fused
 from dbdiffusion.generative.latents import Latents, latents_of
@@ -237,8 +237,8 @@ def write_diffusions(
     weights: Sequence[str | Path],
     record: Sequence[str | Path],
 ) -> None:
-    """Learn the denoisers of cross-fit models of `fold`, each on the latents of its own perturbations' cells and the control's; those of
-    `at_once` side by side.
+    """Learn the denoisers of cross-fit models of `fold`, each on the latents of its own perturbations' cells and the control's; on a
+    GPU side by side.
 
     Training perturbations are conditioned on their own embedding (role train), on features, or both, sharp or uncertain. weights:
     safetensors; record: JSON; as embedding, vae and vae_record one for each of `crossfit`. Killed trainings resume from `scratch`, ended
@@ -285,8 +285,7 @@ def write_diffusions(
             }
             write_json(to_record, {**about, **training_record(fitted, on, denoiser)})
 
-    for models in at_once(list(zip(crossfit, embedding, vae, vae_record, weights, record, strict=True)), on):
-        learn(models)
+    each_or_all(list(zip(crossfit, embedding, vae, vae_record, weights, record, strict=True)), on, learn)
     if scratch is not None:
         checkpoint.discard_all(scratch, "diffusion")
 

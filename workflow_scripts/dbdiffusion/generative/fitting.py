@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,6 +16,8 @@ from dbdiffusion.generative.side_by_side import SideBySide, alike
 from dbdiffusion.generative.training import Loss, Plan, Trainer, Training, deterministic
 from dbdiffusion.runtime.progress import Progress
 from dbdiffusion.runtime.provenance import versions
+
+logger = logging.getLogger(__name__)
 
 Model = TypeVar("Model")
 
@@ -71,10 +74,21 @@ class _Course:
         return Fitted(weights, state.history, state.seconds, state.step, state.best_epoch, precision, trainer.replayed)
 
 
-def at_once(models: Sequence[Model], device: torch.device) -> list[list[Model]]:
-    """Which models are trained at the same time: on a GPU, which one alone leaves idle most of the time, all of them. On a CPU each has its
-    turn: there it has loops of its own, which are faster than side by side."""
-    return [list(models)] if device.type == "cuda" else [[model] for model in models]
+def each_or_all(models: Sequence[Model], device: torch.device, learn: Callable[[Sequence[Model]], None]) -> None:
+    """Call `learn` with the models that are trained at the same time.
+
+    On a GPU, which one alone leaves idle most of the time, all of them, where its memory allows. On a CPU each has its turn: there it has
+    loops of its own, which are faster than side by side.
+    """
+    if device.type == "cuda" and len(models) > 1:
+        try:
+            learn(models)
+            return
+        except torch.cuda.OutOfMemoryError:
+            logger.warning("%s: one after another, for all at once do not fit into its memory", device)
+        torch.cuda.empty_cache()
+    for model in models:
+        learn([model])
 
 
 def fit_all(trainings: Sequence[Training], *, device: torch.device) -> list[Fitted]:

@@ -29,7 +29,7 @@ from dbdiffusion.data.sets import EffectSet
 from dbdiffusion.generative import checkpoint, vae_cpu
 from dbdiffusion.generative.by_hand import ByHand, Value
 from dbdiffusion.generative.cells import TARGET_SUM, Cells, Matrix, load_cells
-from dbdiffusion.generative.fitting import Fitted, at_once, fit_all, training_record
+from dbdiffusion.generative.fitting import Fitted, each_or_all, fit_all, training_record
 from dbdiffusion.generative.kernels import fused
 from dbdiffusion.generative.likelihood import LARGEST_GAP, LARGEST_LOG_R, expected_log1p, nb_negative_log_likelihood
 from dbdiffusion.generative.networks import BatchLinear, parameters_of, seeded, trunk
@@ -395,8 +395,8 @@ def write_vaes(
     weights: Sequence[str | Path],
     record: Sequence[str | Path],
 ) -> None:
-    """Learn the autoencoders of cross-fit models of `fold`, each from its own perturbations' cells and the control's; those of `at_once`
-    side by side.
+    """Learn the autoencoders of cross-fit models of `fold`, each from its own perturbations' cells and the control's; on a GPU side by
+    side.
 
     weights: safetensors; record: JSON with config, architecture, loss history and cost; one for each of `crossfit`. Killed trainings resume
     from `scratch`, ended ones among them.
@@ -425,8 +425,7 @@ def write_vaes(
             }
             write_json(to_record, {**about, **training_record(fitted, on, network)})
 
-    for models in at_once(list(zip(crossfit, weights, record, strict=True)), on):
-        learn(models)
+    each_or_all(list(zip(crossfit, weights, record, strict=True)), on, learn)
     if scratch is not None:
         checkpoint.discard_all(scratch, "vae")
 
