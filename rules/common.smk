@@ -129,6 +129,7 @@ def source_of(wildcards):
 
 # A training job is of one cross-fit model, or of all of a fold.
 MODELS_A_JOB = len(CROSSFIT) if CONFIG.run.side_by_side else 1
+AT_ONCE, IN_TURN = (MODELS_A_JOB, 1) if GPUS else (1, MODELS_A_JOB)  # What memory and time of the job grow with.
 OF_JOB = "" if CONFIG.run.side_by_side else "crossfit{crossfit}/"
 
 

@@ -20,8 +20,8 @@ rule train_diffusion:
         TORCH_ENV
     threads: 1
     resources:
-        mem_mb=memory(4000, times_input=12 * MODELS_A_JOB),
-        runtime=minutes(720 * MODELS_A_JOB),
+        mem_mb=memory(4000, times_input=12 * AT_ONCE),
+        runtime=minutes(720 * IN_TURN),
         gpu=GPUS,
     params:
         config=block("diffusion"),

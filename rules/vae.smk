@@ -17,8 +17,8 @@ rule train_vae:
         TORCH_ENV
     threads: 1
     resources:
-        mem_mb=memory(4000, times_input=12 * MODELS_A_JOB),
-        runtime=minutes(240 * MODELS_A_JOB),
+        mem_mb=memory(4000, times_input=12 * AT_ONCE),
+        runtime=minutes(240 * IN_TURN),
         gpu=GPUS,
     params:
         config=block("vae"),

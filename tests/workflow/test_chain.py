@@ -122,6 +122,7 @@ def test_report(finished):
 def test_same_bytes_from_the_same_seed(finished, fresh):
     """And whether a job trains one model or all of a fold."""
     wanted, one_job = [f"{RESULTS}/seed1/fold0/de.parquet"], {"run": {"side_by_side": True}}
+    assert "rule compute:" in fresh.snakemake("--dry-run", config=one_job).stdout
     done = fresh.snakemake(*wanted, cores=1, config=one_job)
     assert (done.stderr + done.stdout).count("rule train_vae:") == 1
     assert "Nothing to be done" in fresh.snakemake(*wanted, "--dry-run", config=one_job).stdout

@@ -161,8 +161,9 @@ class OnGpu(Tensor):
         others = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and not isinstance(x, cls) and x.dim()]
         # A lone number of the CPU goes into an operation, which keeps it as it is; a copy of it waits.
         alone = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor) and not isinstance(x, cls)]
-        if name == "aten::add" and not any(x.is_floating_point() for x in (*others, args[0])):
-            others = []  # The steps that torch.func.vmap makes on the device of the indices of an embedding, which it takes for the CPU.
+        steps = others[0] if name == "aten::add" and len(others) == 1 else None
+        if steps is not None and steps.dtype == args[0].dtype == torch.int64 and steps.numel() == steps.shape[0] == args[0].shape[0]:
+            others = []  # (M, 1, ...): what torch.func.vmap makes on the device of an embedding's indices, which it takes for the CPU.
         if others and name != "aten::copy_":
             raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, cuda:0 and cpu, in {name}")
         masks = name in ("aten::index", "aten::index_put") and any(x is not None and x.dtype == torch.bool for x in args[1])

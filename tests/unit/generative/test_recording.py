@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative.cells import DENSE_LIMIT, Cells, Matrix
 from dbdiffusion.generative.diffusion import fit_denoiser
-from dbdiffusion.generative.fitting import Fitted, fit
+from dbdiffusion.generative.fitting import Fitted, fit_all
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.recording import EAGER, Recorded
-from dbdiffusion.generative.training import Plan, Trainer
+from dbdiffusion.generative.training import Plan, Trainer, Training
 from dbdiffusion.generative.vae import fit_vae
 
 GPU = torch.device("cuda:0")
@@ -217,7 +217,8 @@ def test_a_loss_that_is_not_in_parts_is_not_recorded(replays: list[Graph]) -> No
         plan = Plan(
             "plain", 0, np.arange(40), batch_size=8, max_epochs=2, max_steps=10, learning_rate=0.1, weight_decay=0.0, cuda_graphs=True
         )
-        fitted = fit(network, lambda net, rows, stream, share: net(torch.ones(8, 2, device=GPU)).square().mean(), plan, device=GPU)
+        loss = lambda net, rows, stream, share: net(torch.ones(8, 2, device=GPU)).square().mean()  # noqa: E731
+        fitted = fit_all([Training(network, loss, plan)], device=GPU)[0]
     assert not fitted.recorded
     assert not replays
     assert fitted.history[-1]["train"] < fitted.history[0]["train"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,8 @@ import pytest
 import torch
 from pretended_gpu import Graph, pretended_gpu
 from test_training import StopTraining, doubt, stop_at
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative.cells import Cells
@@ -17,7 +21,7 @@ from dbdiffusion.generative.diffusion import DiffusionLoss, denoiser_training
 from dbdiffusion.generative.fitting import Fitted, each_or_all, fit_all
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.side_by_side import SideBySide, alike
-from dbdiffusion.generative.training import Training
+from dbdiffusion.generative.training import Trainer, Training
 from dbdiffusion.generative.vae import vae_training
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -141,6 +145,43 @@ def test_one_that_stops_early_leaves_the_others(together: list[list[int]]) -> No
     assert_close(found, apart(make()), 2e-4)
 
 
+def test_each_gets_its_own_result() -> None:
+    """Whoever went beside whom."""
+
+    def make() -> list[Training]:
+        wide, plain = denoisers(widths=[24, 8]), denoisers()
+        return [wide[0], plain[0], wide[1], plain[1]]
+
+    assert alike(make()) == [[0, 2], [1, 3]]
+    assert_close(fit_all(make(), device=CPU), apart(make()), 2e-4)
+
+
+def test_clocks(monkeypatch, tmp_path: Path) -> None:
+    """All together take the time there was; states are written after the time that the plan says, and at the end."""
+    now, saves = [0.0], []
+    monkeypatch.setattr("dbdiffusion.generative.fitting.time.monotonic", lambda: now[0])
+    save = Trainer.save
+    monkeypatch.setattr(Trainer, "save", lambda self: (save(self), saves.append(self.state.step)))
+
+    def tick(step: int) -> None:
+        now[0] += 1.0
+
+    fitted = fit_all(denoisers((3, 3), scratch=tmp_path, on_step=tick, checkpoint_seconds=10.0), device=CPU)
+    assert [one.steps for one in fitted] == [16, 20]
+    # A second for each step of each; what comes after the last one does not count.
+    assert sum(one.seconds for one in fitted) == pytest.approx(16 * 2 + 4, abs=2)
+    # Ten seconds are five steps of two, and ten of one.
+    assert saves == [6, 6, 11, 11, 16, 16, 20]
+
+
+def test_saved_at_the_end(tmp_path: Path) -> None:
+    whole = fit_all(denoisers(scratch=tmp_path), device=CPU)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 3
+    steps: list[int] = []
+    assert_close(fit_all(denoisers(scratch=tmp_path, on_step=steps.append), device=CPU), whole, 0.0)
+    assert not steps
+
+
 def test_killed_and_resumed(tmp_path: Path, together: list[list[int]]) -> None:
     """Killed between the saving of one and of the next: they go on from different steps."""
     config = {"checkpoint_seconds": 1e-9}
@@ -159,6 +200,28 @@ def test_killed_and_resumed(tmp_path: Path, together: list[list[int]]) -> None:
     again = fit_all(denoisers(**config, scratch=tmp_path, on_step=steps.append), device=CPU)
     assert not steps
     assert_close(again, found, 0.0)
+
+
+class Products(TorchDispatchMode):
+    """Types of what is multiplied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name == "aten::bmm" and args[0].shape[1] > 1:
+            self.types.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("precision", "kind"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_products_have_the_precision_of_the_plan(precision: str, kind: torch.dtype) -> None:
+    made = denoisers(precision=precision)
+    both = SideBySide([Trainer(one.network.train(), one.plan, CPU, None) for one in made], [one.loss for one in made])
+    with Products() as seen:
+        both.advance()
+    assert seen.types == {kind}
 
 
 def test_half_precision(three: list[Cells], together: list[list[int]]) -> None:
@@ -210,16 +273,17 @@ def test_all_at_once_on_a_gpu_that_holds_them(caplog) -> None:
 
 def test_filled_conditions_change_nothing() -> None:
     """Neither what rows are told nor what the network makes of it."""
-    for u in (3, 70):
-        (training,) = denoisers((u,), uncertain=False)
+    for u, uncertain in ((3, False), (3, True), (70, False)):
+        (training,) = denoisers((u,), uncertain=uncertain)
         rows = torch.arange(64)
+        nn.init.normal_(training.network.out.weight)  # It is 0 at first, whatever the labels are.
         values = []
         for filled in (0, 90):
             loss: DiffusionLoss = replace(training.loss, filled=filled)
             inputs = loss.inputs(rows, torch.Generator().manual_seed(0), 0.0)
             assert len(inputs[2]) == (filled or min(u, 64))
             values.append(loss.value(training.network, *inputs))
-        assert torch.equal(*values)
+        torch.testing.assert_close(*values)
 
 
 def test_gradients_are_clipped_for_each() -> None:
@@ -248,6 +312,26 @@ def test_on_a_gpu(monkeypatch, three: list[Cells], together: list[list[int]], gr
         assert [fitted.recorded for fitted in found] == [graphs] * 3
         assert bool(replayed) == graphs
     assert together
+
+
+def test_recorded_even_if_the_last_steps_are_not() -> None:
+    with pretended_gpu():
+        made = denoisers(device=GPU, cuda_graphs=True)
+        made = [replace(one, plan=replace(one.plan, max_steps=steps)) for one, steps in zip(made, (14, 16, 16), strict=True)]
+        assert all(fitted.recorded for fitted in fit_all(made, device=GPU))
+
+
+def test_nothing_is_kept_after_trainings(monkeypatch) -> None:
+    known: list[weakref.ref] = []
+    advance = SideBySide.advance
+    monkeypatch.setattr(SideBySide, "advance", lambda self: (known.append(weakref.ref(self)), advance(self)))
+    gc.disable()
+    try:
+        with pretended_gpu():
+            fit_all(denoisers(device=GPU, cuda_graphs=True), device=GPU)
+        assert known and not any(one() for one in known)
+    finally:
+        gc.enable()
 
 
 def test_constants_are_each_network_s_own(three: list[Cells]) -> None:

@@ -305,8 +305,28 @@ def test_models_of_a_fold_side_by_side(screen, tmp_path: Path, monkeypatch) -> N
             assert own.keys() == other.keys()
             for key, value in own.items():
                 torch.testing.assert_close(value, other[key], rtol=1e-3, atol=1e-3)
-            record = read_json(made[f"{name}.json"][q])
-            assert (record["crossfit"], record["device"]) == (str(q), "pretended")
+            records = [read_json(paths[f"{name}.json"][q]) for paths in (made, alone)]
+            assert [record["device"] for record in records] == ["pretended", "cpu"]
+            about = (
+                "fold",
+                "crossfit",
+                "config",
+                "architecture",
+                "cells",
+                "perturbations",
+                "parameters",
+                "best_epoch",
+                "steps",
+                "precision",
+            )
+            assert all(records[0][key] == records[1][key] for key in about)
+
+
+def test_every_model_has_a_seed_of_its_own(screen, models: list[dict[str, Path]]) -> None:
+    """Some of the same cells, all of the control's among them, in another order and with other first weights."""
+    for name, part in (("vae.safetensors", "encoder.0.weight"), ("diffusion.safetensors", "denoiser.label.0.weight")):
+        one, other = (checkpoint.load(made[name])[0][part] for made in models)
+        assert abs(np.corrcoef(one.flatten(), other.flatten())[0, 1]) < 0.5
 
 
 def test_an_ended_training_of_a_killed_job_is_not_made_again(screen, models: list[dict[str, Path]], tmp_path: Path, monkeypatch) -> None:

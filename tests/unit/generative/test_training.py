@@ -16,9 +16,9 @@ from dbdiffusion.config.generator import DiffusionConfig, VaeConfig
 from dbdiffusion.generative import checkpoint, diffusion, vae
 from dbdiffusion.generative.conditions import Doubt
 from dbdiffusion.generative.diffusion import fit_denoiser
-from dbdiffusion.generative.fitting import fit
+from dbdiffusion.generative.fitting import Fitted, fit_all
 from dbdiffusion.generative.latents import Latents
-from dbdiffusion.generative.training import Plan, learning_rate, split_rows
+from dbdiffusion.generative.training import Plan, Training, learning_rate, split_rows
 from dbdiffusion.generative.vae import fit_vae
 from dbdiffusion.runtime.errors import UserError
 
@@ -243,6 +243,10 @@ def plan(**values) -> Plan:
     return Plan(**{**base, "learning_rate": 0.05, "weight_decay": 0.0, **values})
 
 
+def fit(*training, **more) -> Fitted:
+    return fit_all([Training(*training, **more)], device=CPU)[0]
+
+
 def test_best_weights_and_early_stopping() -> None:
     """The held-out loss is smallest at slope 0.3, on the way to the training optimum at 1."""
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
@@ -250,11 +254,11 @@ def test_best_weights_and_early_stopping() -> None:
     def loss(network, rows, stream, share):
         return (network.slope * x[rows] - x[rows]).square().mean()
 
-    fitted = fit(Line(), loss, plan(patience=4), device=CPU, validate=lambda network: abs(float(network.slope) - 0.3))
+    fitted = fit(Line(), loss, plan(patience=4), validate=lambda network: abs(float(network.slope) - 0.3))
     assert abs(float(fitted.weights["slope"]) - 0.3) < 0.15
     assert fitted.steps < 200
     assert fitted.history[-1]["epoch"] - fitted.best_epoch == 4
-    whole = fit(Line(), loss, plan(), device=CPU)
+    whole = fit(Line(), loss, plan())
     assert float(whole.weights["slope"]) == pytest.approx(1.0, abs=0.01)
     assert whole.steps == 200
 
@@ -266,15 +270,15 @@ def test_every_row_once_an_epoch_in_another_order() -> None:
         seen.append(rows)
         return network.slope.square()
 
-    fit(Line(), loss, plan(max_epochs=2), device=CPU)
+    fit(Line(), loss, plan(max_epochs=2))
     first, second = torch.cat(seen[:4]), torch.cat(seen[4:])
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(64))
     assert first.tolist() != second.tolist()
 
 
 def test_divergence_is_an_error() -> None:
-    with pytest.raises(UserError, match="diverged"):
-        fit(Line(), lambda network, rows, stream, share: network.slope * float("nan"), plan(), device=CPU)
+    with pytest.raises(UserError, match="training of model 3 diverged"):
+        fit(Line(), lambda network, rows, stream, share: network.slope * float("nan"), plan(), name="model 3")
 
 
 def test_averaged_weights_follow_the_decay() -> None:
@@ -283,8 +287,8 @@ def test_averaged_weights_follow_the_decay() -> None:
     def loss(network, rows, stream, share):
         return -network.slope
 
-    last = fit(Line(), loss, plan(max_epochs=10), device=CPU).weights["slope"]
-    averaged = fit(Line(), loss, plan(max_epochs=10, ema=0.9), device=CPU).weights["slope"]
+    last = fit(Line(), loss, plan(max_epochs=10)).weights["slope"]
+    averaged = fit(Line(), loss, plan(max_epochs=10, ema=0.9)).weights["slope"]
     assert 0 < float(averaged) < float(last)
 
 

@@ -156,9 +156,10 @@ def denoiser_training(
     filled: int = 0,
     scratch: str | Path | None = None,
     on_step=None,
+    name: str = "",
 ) -> Training:
     """Of a denoiser of these latents, their conditions as certain as `doubt` leaves them, or sharp without. The held-out loss is that of
-    sharp conditions. filled: see `DiffusionLoss`.
+    sharp conditions. filled: see `DiffusionLoss`; name: for messages.
 
     Raises ValueError for labels without a condition.
     """
@@ -175,7 +176,7 @@ def denoiser_training(
     key = checkpoint.digest(*settings, *seen)
     loss = DiffusionLoss(latents, objective, config.label_dropout, doubt, filled)
     path = checkpoint.scratch_file(scratch, "diffusion", key)
-    return Training(network, loss, plan, diffusion_validation(latents, objective, held, seed), path, on_step)
+    return Training(network, loss, plan, diffusion_validation(latents, objective, held, seed), path, on_step, name)
 
 
 def trained_denoiser(training: Training, fitted: Fitted) -> Denoiser:
@@ -211,13 +212,16 @@ def sampling_schedule(config: DiffusionConfig, sampler: str, steps: int) -> Nois
 
 @dataclass(frozen=True)
 class _Begun:
-    """What the denoiser of one cross-fit model is learned from; seed: of the model."""
+    """What the denoiser of one cross-fit model is learned from, and where it is left; seed: of the model."""
 
+    name: str
     known: Conditions
     latents: Latents
     offsets: MeanOffsets
     cells: int
     seed: int
+    weights: str | Path
+    record: str | Path
 
 
 def write_diffusions(
@@ -246,7 +250,7 @@ def write_diffusions(
     """
     on, panel = resolve_device(device), EffectSet.read(effects)
 
-    def begun(name: str, embedding: str | Path, vae: str | Path, vae_record: str | Path) -> _Begun:
+    def begun(name: str, embedding: str | Path, vae: str | Path, vae_record: str | Path, weights: str | Path, record: str | Path) -> _Begun:
         network = load_vae(vae, vae_record, on)
         data = load_cells(cells, splits, panel, fold=fold, crossfit=name)
         if read_json(vae_record)["genes_digest"] != checkpoint.digest(data.genes):
@@ -263,27 +267,38 @@ def write_diffusions(
         offsets = MeanOffsets.none(known.values.shape[1], network.genes)
         if config.mean_offsets and known.placed:
             offsets = fit_offsets(network, tensors, latents, own_seed, known.placed)
-        return _Begun(known, latents, offsets, len(data), own_seed)
+        return _Begun(name, known, latents, offsets, len(data), own_seed, weights, record)
 
     def learn(models: Sequence[tuple]) -> None:
-        made = [begun(*model[:4]) for model in models]
+        made = [begun(*model) for model in models]
         # As many conditions for all, for those side by side have inputs of one shape.
         filled = max(min(len(one.latents.conditions), config.batch_size) for one in made)
-        options = {"device": on, "filled": filled, "scratch": scratch}
-        trainings = [denoiser_training(one.latents, config, seed=one.seed, doubt=one.known.doubt(on), **options) for one in made]
-        for model, one, training, fitted in zip(models, made, trainings, fit_all(trainings, device=on), strict=True):
-            denoiser, (name, *_, to_weights, to_record) = trained_denoiser(training, fitted), model
+        trainings = [
+            denoiser_training(
+                one.latents,
+                config,
+                device=on,
+                seed=one.seed,
+                doubt=one.known.doubt(on),
+                filled=filled,
+                scratch=scratch,
+                name=f"diffusion of model {one.name}",
+            )
+            for one in made
+        ]
+        for one, training, fitted in zip(made, trainings, fit_all(trainings, device=on), strict=True):
+            denoiser = trained_denoiser(training, fitted)
             offsets = {"offsets.intercept": one.offsets.intercept, "offsets.weight": one.offsets.weight}
-            checkpoint.save(to_weights, {**checkpoint.prefixed("denoiser", denoiser.state_dict()), **offsets})
+            checkpoint.save(one.weights, {**checkpoint.prefixed("denoiser", denoiser.state_dict()), **offsets})
             about = {
                 "fold": fold,
-                "crossfit": name,
+                "crossfit": one.name,
                 "config": config.model_dump(),
                 "architecture": {"coordinates": denoiser.coordinates, "condition": denoiser.condition},
                 "cells": one.cells,
                 "perturbations": [name for name in one.known.names if name != CONTROL],
             }
-            write_json(to_record, {**about, **training_record(fitted, on, denoiser)})
+            write_json(one.record, {**about, **training_record(fitted, on, denoiser)})
 
     each_or_all(list(zip(crossfit, embedding, vae, vae_record, weights, record, strict=True)), on, learn)
     if scratch is not None:

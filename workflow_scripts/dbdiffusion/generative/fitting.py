@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dbdiffusion.generative.side_by_side import SideBySide, alike
-from dbdiffusion.generative.training import Loss, Plan, Trainer, Training, deterministic
+from dbdiffusion.generative.training import Trainer, Training, deterministic
 from dbdiffusion.runtime.progress import Progress
 from dbdiffusion.runtime.provenance import versions
 
@@ -43,19 +43,19 @@ class Fitted:
 class _Course:
     """A training under way."""
 
-    def __init__(self, training: Training, device: torch.device, name: str) -> None:
-        self.of, self.trainer = training, Trainer(training.network, training.plan, device, training.path)
+    def __init__(self, training: Training, device: torch.device) -> None:
+        self.of, self.trainer = training, Trainer(training.network, training.plan, device, training.path, training.name)
         self.trainer.resume()
         training.network.train()
         self.saved = time.monotonic()
-        self.progress = Progress(training.plan.total_steps, name, start=self.trainer.state.step)
+        self.progress = Progress(training.plan.total_steps, self.trainer.name, start=self.trainer.state.step)
 
     @property
     def going(self) -> bool:
         return self.trainer.going
 
     def after_step(self, seconds: float) -> None:
-        """seconds: what the step and its validation took."""
+        """seconds: since the last one, for each of those side by side."""
         trainer, training = self.trainer, self.of
         state = trainer.state
         state.seconds += seconds
@@ -97,42 +97,33 @@ def fit_all(trainings: Sequence[Training], *, device: torch.device) -> list[Fitt
     fitted: dict[int, Fitted] = {}
     with deterministic():
         for group in alike(trainings):
-            courses = [_Course(trainings[i], device, _name(trainings, i)) for i in group]
+            courses = [_Course(trainings[i], device) for i in group]
             _run(courses)
             fitted.update((i, course.ended()) for i, course in zip(group, courses, strict=True))
     return [fitted[i] for i in range(len(trainings))]
-
-
-def _name(trainings: Sequence[Training], i: int) -> str:
-    """What progress calls a training."""
-    return trainings[i].plan.what + (f" {i + 1}/{len(trainings)}" if len(trainings) > 1 else "")
 
 
 def _run(courses: Sequence[_Course]) -> None:
     with contextlib.ExitStack() as stack:
         for course in courses:
             stack.enter_context(course.progress)
+        before = time.monotonic()
         while going := [course for course in courses if course.going]:
             # Anew where one has ended: fewer are trained from there on.
             several = SideBySide([course.trainer for course in going], [course.of.loss for course in going]) if len(going) > 1 else None
             while all(course.going for course in going):
-                began = time.monotonic()
                 if several:
                     several.advance()
                 else:
                     going[0].trainer.advance(going[0].of.loss)
                 for course in going:
                     course.trainer.close_epoch(course.of.validate)
-                seconds = (time.monotonic() - began) / len(going)
+                now = time.monotonic()
                 for course in going:
-                    course.after_step(seconds)
+                    course.after_step((now - before) / len(going))
+                before = now
             if several:
                 several.recorded = None  # As a trainer's.
-
-
-def fit(network: nn.Module, loss: Loss, plan: Plan, *, device: torch.device, **options: object) -> Fitted:
-    """`fit_all` of one network; options: of `Training`."""
-    return fit_all([Training(network, loss, plan, **options)], device=device)[0]
 
 
 def training_record(fitted: Fitted, device: torch.device, network: nn.Module) -> dict:

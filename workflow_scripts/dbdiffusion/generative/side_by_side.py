@@ -1,8 +1,8 @@
 """Networks of one shape that take each step together, their weights as one tensor for each layer.
 
 A step of a small network is hundreds of operations, which take a GPU less time than it takes to ask for them. Of several networks side by
-side each operation is one, so that all take hardly longer than one of them. What is computed for each is what it would be alone, but for
-rounding: its own cells, random streams, learning rate and norm of the gradient.
+side each operation of loss, gradients and optimiser is one; what goes into a loss is drawn for each in its turn. What is computed for each
+is what it would be alone, but for rounding: its own cells, random streams, learning rate and norm of the gradient.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SideBySide:
     def __init__(self, trainers: Sequence[Trainer], losses: Sequence[InParts]) -> None:
         first, many = trainers[0], len(trainers)
         self.trainers, self.losses, self.one = trainers, losses, _Loss(first.network, losses[0])
-        self.memory = [torch.stack([values] * many) for values in first.optimiser.memory]
+        self.memory = [values.new_empty(many, len(values)) for values in first.optimiser.memory]
         self.running = torch.stack([trainer.running for trainer in trainers])
         for row, trainer in enumerate(trainers):
             trainer.optimiser.move(*(values[row] for values in self.memory))
@@ -67,14 +67,18 @@ class SideBySide:
 
     def advance(self) -> None:
         """One step of all."""
-        device, pairs = self.trainers[0].device, list(zip(self.trainers, self.losses, strict=True))
-        settings = torch.tensor([trainer.settings() for trainer in self.trainers]).t()[:, :, None].to(device)
+        settings = self._numbers([trainer.settings() for trainer in self.trainers]).t()[:, :, None]
+        pairs = zip(self.trainers, self.losses, strict=True)
         inputs = zip(*(loss.inputs(*trainer.batch()) for trainer, loss in pairs), strict=True)
-        given = [torch.stack(x) if isinstance(x[0], Tensor) else torch.tensor(x).to(device) for x in inputs]
+        given = [torch.stack(x) if isinstance(x[0], Tensor) else self._numbers(x) for x in inputs]
         (self.recorded or self._descend)(*settings, *given)
         for trainer in self.trainers:
-            trainer.replayed = self.recorded is not None and self.recorded.graph is not None
+            trainer.replayed |= self.recorded is not None and self.recorded.graph is not None
             trainer.count()
+
+    def _numbers(self, values: Sequence) -> Tensor:
+        """On the device, without waiting for what it has to do before."""
+        return torch.tensor(values).to(self.trainers[0].device, non_blocking=True)
 
     def _descend(self, rate: Input, correct: Input, kept: Input, *inputs: Tensor) -> None:
         """One update; settings of the optimiser (M, 1)."""

@@ -107,6 +107,8 @@ class Training:
     validate: Callable[[nn.Module], float] | None = None
     path: Path | None = None
     on_step: Callable[[int], None] | None = None
+    name: str = ""
+    """What messages call it; else the plan's `what`."""
 
 
 @dataclass
@@ -157,7 +159,8 @@ def deterministic() -> Iterator[None]:
 class Trainer:
     """One run of training with checkpoints; use `fitting.fit_all`."""
 
-    def __init__(self, network: nn.Module, plan: Plan, device: torch.device, path: Path | None) -> None:
+    def __init__(self, network: nn.Module, plan: Plan, device: torch.device, path: Path | None, name: str = "") -> None:
+        self.name = name or plan.what
         self.network, self.plan, self.device, self.path = network.to(device), plan, device, path
         self.optimiser = AdamW([p for p in network.parameters() if p.requires_grad], plan.weight_decay, CLIP)
         self.averaged = self.values.clone() if plan.ema else None
@@ -167,7 +170,7 @@ class Trainer:
         self.noise = torch.Generator(device)
         self.recorded: Recorded | None = None
         self.replayed = False
-        """Whether the latest step was one of a CUDA graph."""
+        """Whether steps were those of a CUDA graph."""
         self._order: tuple[int, Tensor] | None = None
 
     @property
@@ -209,7 +212,7 @@ class Trainer:
 
                 self.recorded = Recorded(descend, self.device)
             self.recorded(*settings, *loss.inputs(*batch))
-            self.replayed = self.recorded.graph is not None
+            self.replayed |= self.recorded.graph is not None
         else:
             self._descend(lambda: loss(self.network, *batch), settings)
         self.count()
@@ -265,7 +268,7 @@ class Trainer:
             score = row.get("validation", row["train"])
             if not math.isfinite(score):
                 raise UserError(
-                    f"training of {plan.what} diverged at step {state.step} (loss {score})",
+                    f"training of {self.name} diverged at step {state.step} (loss {score})",
                     where="config key learning_rate",
                     fix=f"lower it (now {plan.learning_rate:g}) or look for cells with extreme counts",
                 )
@@ -306,7 +309,7 @@ class Trainer:
             checkpoint.same_dtype_copy(self.averaged, tensors["averaged"])
         checkpoint.same_dtype_copy(self.running, tensors["running"])
         self.state = _State(**state)
-        logger.info("%s resumes at step %d of %d", self.plan.what, self.state.step, self.plan.total_steps)
+        logger.info("%s resumes at step %d of %d", self.name, self.state.step, self.plan.total_steps)
         return True
 
 

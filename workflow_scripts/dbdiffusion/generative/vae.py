@@ -338,9 +338,9 @@ def encode_all(network: CellVae, data: CellTensors, chunk: int = 4096) -> tuple[
 
 
 def vae_training(
-    cells: Cells, config: VaeConfig, *, device: torch.device, seed: int, scratch: str | Path | None = None, on_step=None
+    cells: Cells, config: VaeConfig, *, device: torch.device, seed: int, scratch: str | Path | None = None, on_step=None, name: str = ""
 ) -> Training:
-    """Of an autoencoder of these cells, which has the input scaling and intercepts of them."""
+    """Of an autoencoder of these cells, which has the input scaling and intercepts of them; name: for messages."""
     network = seeded(lambda: CellVae(len(cells.genes), len(cells.batches), config), derive_seed(seed, "vae", "weights"))
     network.start_from(cells)
     train, held = split_rows(len(cells), config.validation_share, derive_seed(seed, "vae"))
@@ -359,7 +359,7 @@ def vae_training(
     )
     path = checkpoint.scratch_file(scratch, "vae", key)
     data = CellTensors.make(cells, network.counts, device)
-    return Training(network, VaeLoss(data, config), plan, vae_validation(data, config, held, seed), path, on_step)
+    return Training(network, VaeLoss(data, config), plan, vae_validation(data, config, held, seed), path, on_step, name)
 
 
 def trained_vae(training: Training, fitted: Fitted) -> CellVae:
@@ -405,7 +405,8 @@ def write_vaes(
 
     def begun(name: str) -> tuple[Cells, Training]:
         data = load_cells(cells, splits, panel, fold=fold, crossfit=name)
-        return data, vae_training(data, config, device=on, seed=derive_seed(seed, "vae", fold, name), scratch=scratch)
+        own_seed = derive_seed(seed, "vae", fold, name)
+        return data, vae_training(data, config, device=on, seed=own_seed, scratch=scratch, name=f"vae of model {name}")
 
     def learn(models: Sequence[tuple[str, str | Path, str | Path]]) -> None:
         started = [begun(name) for name, _, _ in models]
