@@ -92,6 +92,24 @@ def test_called_genes_come_first_and_abstention_is_one_row(made):
     assert calls.is_monotonic_decreasing
 
 
+def test_of_several_seeds_the_first_is_shown_and_the_calls_of_all_are_counted(made, tmp_path):
+    de = contracts.DE.read(made.root / "de.parquet")
+    own = de[(de["method"].astype(str) == "stacked") & (de["target"].astype(str) == made.targets[0])].head(4)
+    calls = [["none", "up", "none", "none"], ["up", "none", "none", "up"], ["up", "none", "none", "none"]]
+    many = pd.concat([own.assign(seed=seed, call=call, lfc=float(seed)) for seed, call in enumerate(calls, 1)])
+    shown = tables_html.top_calls(many, "stacked", "direction", per_target=3)
+    genes = own["gene"].astype(str).tolist()
+    assert shown["seeds"].tolist() == [2, 1, 1]
+    assert shown["gene"][0] == genes[0] and set(shown["gene"][1:]) == {genes[1], genes[3]}
+    assert (shown["lfc"] == 1.0).all()
+    assert "seeds" not in tables_html.top_calls(own, "stacked", "direction", per_target=3)
+    contracts.DE.write(de[de["seed"] == de["seed"].min()], tmp_path / "one.parquet")
+    contracts.DE.write(pd.concat([de, de.assign(seed=de["seed"] + 1)]), tmp_path / "two.parquet")
+    for name, said in (("one", False), ("two", True)):
+        tables_html.write_de_page(de=tmp_path / f"{name}.parquet", out_html=tmp_path / "de.html", method="stacked")
+        assert ("Of 2 seeds the first one is shown" in (tmp_path / "de.html").read_text()) == said
+
+
 def test_a_page_of_many_targets_has_fewer_genes_of_each(made, tmp_path):
     tables_html.write_de_page(de=made.root / "de.parquet", out_html=tmp_path / "de.html", method="stacked", most=20)
     rows = Page((tmp_path / "de.html").read_text()).rows

@@ -158,24 +158,29 @@ def top_calls(de: pd.DataFrame, method: str, test: str, per_target: int) -> pd.D
     """The rows of `method` with the best evidence for each target: called genes first, then by q and |lfc|.
 
     de: contract `de`; test: that makes the calls (config inference.calls). Targets of most calls come first, then those
-    of the smallest q. A target on which the method abstains keeps one row, which names the reason.
+    of the smallest q. A target on which the method abstains keeps one row, which names the reason. Of several seeds, rows are those of the
+    first, and column `seeds` says in how many the gene is called, those called in most first.
     """
     rows = de[de["method"].astype(str) == method]
     if rows.empty:
         raise UserError(f"no rows of method {method!r}", where="table de", fix=f"methods are {sorted(de['method'].astype(str).unique())}")
     rows = rows.astype({"fold": str, "target": str, "gene": str, "call": str, "reason": str})
     rows = rows.assign(
-        _called=~rows["call"].isin(["up", "down"]),
+        seeds=rows["call"].isin(["up", "down"]).groupby([rows["target"], rows["gene"]]).transform("sum"),
+        _abstained=(rows["call"] == "no_call").groupby(rows["target"]).transform("all"),
         _q=deciding_q(rows, test),
         _size=-rows["lfc"].abs(),
-    ).sort_values(["target", "seed", "fold", "_called", "_q", "_size", "gene"], kind="stable", na_position="last")
-    abstained = (rows["call"] == "no_call").groupby(rows["target"]).transform("all")
+    )
+    columns = DE_COLUMNS | ({"seeds": "seeds"} if rows["seed"].nunique() > 1 else {})
+    rows = rows[rows["seed"] == rows["seed"].min()]
+    rows = rows.sort_values(["seeds", "_q", "_size", "gene"], ascending=[False, True, True, True], kind="stable", na_position="last")
+    abstained = rows["_abstained"]
     kept = pd.concat([rows[~abstained].groupby("target").head(per_target), rows[abstained].groupby("target").head(1)])
     tested = rows["_q"].where(rows["call"] != "no_call").fillna(np.inf)
-    called, best = (~rows["_called"]).groupby(rows["target"]).sum(), tested.groupby(rows["target"]).min()
+    called, best = (rows["seeds"] > 0).groupby(rows["target"]).sum(), tested.groupby(rows["target"]).min()
     order = sorted(called.index, key=lambda t: (-int(called[t]), float(best[t]), t))
     kept = kept.assign(_place=kept["target"].map({t: i for i, t in enumerate(order)})).sort_values("_place", kind="stable")
-    return kept[list(DE_COLUMNS)].rename(columns=DE_COLUMNS).reset_index(drop=True)
+    return kept[list(columns)].rename(columns=columns).reset_index(drop=True)
 
 
 def calls_in_words(de: pd.DataFrame, method: str, test: str, q: float) -> str:
@@ -252,6 +257,8 @@ def write_de_page(
         f"with the best evidence per target. lfc: change of mean ln(1 + CP10k), with its interval; calls by the test {test} "
         f"at a nominal FDR of {q:g}; the full table is tables/de.parquet. {calls_in_words(table, method, test, q)}"
     )
+    if (seeds := table["seed"].nunique()) > 1:
+        note += f" Of {seeds} seeds the first one is shown; seeds: in how many of them the gene is called."
     write_table_page(top_calls(table, method, test, per_target), out_html, title="Calls per target", note=note)
 
 
