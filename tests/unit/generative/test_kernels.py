@@ -68,6 +68,14 @@ def test_exponential_and_logarithms_at_their_edges() -> None:
     assert over(kernels.log1p)(np.zeros(1, dtype=np.float32))[0] == 0
 
 
+def test_vectors_are_whole_where_the_cpu_has_them() -> None:
+    assert kernels.whole_vectors("+sse2,+avx512f,-amx-tile") == "+sse2,+avx512f,-amx-tile,-prefer-256-bit"
+    for other in ("", "+sse2,+avx2", "+avx2,-avx512f"):
+        assert kernels.whole_vectors(other) == other
+    features = kernels.negative_binomial.targetctx.codegen().magic_tuple()[2].split(",")
+    assert ("-prefer-256-bit" in features) == ("+avx512f" in features)
+
+
 def test_sum_of_squares_of_many() -> None:
     x = np.random.default_rng(0).normal(size=300_001).astype(np.float32)
     assert kernels.sum_of_squares(x) == pytest.approx(float((x.astype(float) ** 2).sum()), rel=1e-6)
