@@ -31,9 +31,9 @@ class VaeConfig(Block):
     """Share of the steps over which the KL weight grows from 0."""
     free_bits: float = Field(0.0, ge=0)
     """KL per latent dimension that is not penalised, nats."""
-    batch_size: int = Field(256, ge=2)
-    """Cells per training step."""
-    learning_rate: float = Field(2.0e-3, gt=0)
+    batch_size: int = Field(512, ge=2)
+    """Cells per training step; halved until three steps are an epoch."""
+    learning_rate: float = Field(4.0e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.01, ge=0)
     """Decoupled weight decay of AdamW."""
@@ -81,8 +81,8 @@ class DiffusionConfig(Block):
     """Unit variance per latent coordinate before diffusion."""
     mean_offsets: bool = True
     """Give back what the latent loses of a perturbation's mean, as a linear function of its embedding."""
-    batch_size: int = Field(256, ge=2)
-    """Cells per training step."""
+    batch_size: int = Field(512, ge=2)
+    """Cells per training step; halved until three steps are an epoch."""
     learning_rate: float = Field(2.0e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(1.0e-4, ge=0)

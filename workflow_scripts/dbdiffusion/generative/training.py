@@ -76,7 +76,11 @@ class Plan:
 
     @property
     def batch(self) -> int:
-        return min(self.batch_size, len(self.rows))
+        """`batch_size`, halved until an epoch has three steps: few cells would have too few of them."""
+        batch = self.batch_size
+        while batch > 1 and 3 * batch > len(self.rows):
+            batch //= 2
+        return batch
 
     @property
     def steps_per_epoch(self) -> int:
