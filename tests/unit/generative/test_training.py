@@ -300,6 +300,26 @@ def test_learning_rate_warms_up_and_ends_near_zero() -> None:
     assert rates[-1] < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("asked", "cells", "batch"),
+    [
+        (512, 10_000, 512),
+        (512, 3072, 512),
+        (512, 3071, 256),
+        (512, 1535, 128),
+        (512, 200, 128),
+        (512, 100, 100),
+        (64, 70, 64),
+        (128, 200, 128),
+        (300, 900, 150),
+    ],
+)
+def test_few_cells_have_smaller_batches(asked: int, cells: int, batch: int) -> None:
+    made = plan(batch_size=asked, rows=np.arange(cells))
+    assert made.batch == batch
+    assert made.steps_per_epoch == max(1, cells // batch)
+
+
 def test_split_rows() -> None:
     train, held = split_rows(100, 0.1, 3)
     assert len(held) == 10

@@ -32,7 +32,7 @@ class VaeConfig(Block):
     free_bits: float = Field(0.0, ge=0)
     """KL per latent dimension that is not penalised, nats."""
     batch_size: int = Field(512, ge=2)
-    """Cells per training step; halved until three steps are an epoch."""
+    """Cells per training step; of few cells halved, to 128 at least, until six steps are an epoch."""
     learning_rate: float = Field(4.0e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(0.01, ge=0)
@@ -82,7 +82,7 @@ class DiffusionConfig(Block):
     mean_offsets: bool = True
     """Give back what the latent loses of a perturbation's mean, as a linear function of its embedding."""
     batch_size: int = Field(512, ge=2)
-    """Cells per training step; halved until three steps are an epoch."""
+    """Cells per training step; of few cells halved, to 128 at least, until six steps are an epoch."""
     learning_rate: float = Field(2.0e-3, gt=0)
     """Peak learning rate of AdamW."""
     weight_decay: float = Field(1.0e-4, ge=0)

@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 EMA_EVERY = 5
 """Steps between updates of the averaged weights: an update each step costs as much as a third of the optimiser's."""
+STEPS_AN_EPOCH, LEAST_BATCH = 6, 128
+"""Epochs are counted, and few cells would have too few steps in them: batches of so many are halved."""
 CLIP = 1.0
 """Largest norm of the gradient."""
 
@@ -76,11 +78,11 @@ class Plan:
 
     @property
     def batch(self) -> int:
-        """`batch_size`, halved until an epoch has three steps: few cells would have too few of them."""
+        """`batch_size`, halved, but not below LEAST_BATCH, until an epoch has STEPS_AN_EPOCH steps; at most all rows."""
         batch = self.batch_size
-        while batch > 1 and 3 * batch > len(self.rows):
+        while batch >= 2 * LEAST_BATCH and STEPS_AN_EPOCH * batch > len(self.rows):
             batch //= 2
-        return batch
+        return min(batch, len(self.rows))
 
     @property
     def steps_per_epoch(self) -> int:
