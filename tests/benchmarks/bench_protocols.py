@@ -74,7 +74,7 @@ def scores(tables: Path, targets: list[str], method: str, debiased: bool) -> pd.
 
 
 def wide(tables: Path, targets: list[str], method: str) -> dict[str, pd.DataFrame]:
-    """Sizes of predicted changes (log2-fold) and whether a gene is called, targets x genes, of the first seed."""
+    """Sizes of predicted changes (of mean ln(1 + CP10k)) and whether a gene is called, targets x genes, of the first seed."""
     table = contracts.DE.read(tables / "de.parquet").astype({"method": str, "target": str, "gene": str, "call": str})
     table = table[(table["seed"] == table["seed"].min()) & (table["method"] == method) & table["target"].isin(targets)]
     table = table.assign(size=table["lfc"].abs(), called=table["call"].isin(["up", "down"]))

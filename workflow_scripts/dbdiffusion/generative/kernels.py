@@ -27,7 +27,7 @@ def whole_vectors(features: str) -> str:
     """The features of a CPU for which loops are compiled, with vectors of 512 bits where it has them.
 
     LLVM would halve them, since some older CPUs clock down for a loop here and there. A training step is full of them and of products,
-    which use such vectors anyway: whole ones take a sixth off it.
+    which use such vectors anyway.
     """
     return f"{features},-prefer-256-bit" if "+avx512f" in features.split(",") else features
 
