@@ -3,10 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 
 from dbdiffusion.config.generator import VaeConfig
 from dbdiffusion.generative.latents import Latents
-from dbdiffusion.generative.offsets import MeanOffsets, fit_offsets, residual_means, shrunk
+from dbdiffusion.generative.offsets import SCALES, MeanOffsets, fit_offsets, residual_means, shrunk
 from dbdiffusion.generative.vae import CellTensors, CellVae
 
 CPU = torch.device("cpu")
@@ -62,6 +63,17 @@ def test_residual_means_against_the_obvious(toy) -> None:
     assert (variance > 0).all()
 
 
+def posterior_mean(delta: float, sd: float, shares: np.ndarray) -> float:
+    """By numerical integration over the mixture of normals."""
+    grid = np.linspace(-15, 15, 300_001)
+    narrow = np.array([norm.pdf(grid, 0, scale) for scale in SCALES[1:]])
+    prior = shares[1:] @ narrow
+    likelihood = norm.pdf(delta, grid, sd)
+    # The share at 0 adds to the evidence alone.
+    evidence = np.trapezoid(prior * likelihood, grid) + shares[0] * norm.pdf(delta, 0, sd)
+    return float(np.trapezoid(grid * prior * likelihood, grid) / evidence)
+
+
 def test_shrinkage_removes_noise_and_spares_signal() -> None:
     stream = torch.Generator().manual_seed(0)
     noise = 0.1 * torch.randn(1, 5000, generator=stream, dtype=torch.float64)
@@ -70,6 +82,30 @@ def test_shrinkage_removes_noise_and_spares_signal() -> None:
     signal = torch.randn(1, 5000, generator=stream, dtype=torch.float64)
     kept = shrunk(signal + noise, variance)
     assert float((kept * signal).sum() / signal.square().sum()) > 0.95
+
+
+def test_shrinkage_is_the_posterior_mean_under_the_prior_it_finds() -> None:
+    """Values drawn from the mixture itself: shrunk as by those who know its shares, which one normal is far from."""
+    random, sd = np.random.default_rng(1), 0.3
+    shares = np.array([0.9, 0, 0, 0, 0, 0.1, 0, 0])
+    truth = np.where(random.random((4, 4000)) < shares[0], 0.0, random.normal(0, SCALES[5], (4, 4000)))
+    delta = truth + random.normal(0, sd, truth.shape)
+    found = shrunk(torch.from_numpy(delta), torch.full(delta.shape, sd**2, dtype=torch.float64)).numpy()
+    some = random.choice(delta.size, 60, replace=False)
+    known = np.array([posterior_mean(value, sd, shares) for value in delta.flat[some]])
+    np.testing.assert_allclose(found.flat[some], known, atol=0.03, rtol=0.1)
+    tau2 = np.var(truth)
+    assert np.square(found - truth).mean() < 0.7 * np.square(delta * tau2 / (tau2 + sd**2) - truth).mean()
+
+
+def test_every_condition_has_a_mixture_of_its_own() -> None:
+    """The same value is believed where many genes have changed and not where none has."""
+    random = np.random.default_rng(2)
+    delta = random.normal(0, 0.3, (2, 4000))
+    delta[1, :2000] += random.normal(0, 1.0, 2000)
+    delta[:, 0] = 0.9
+    found = shrunk(torch.from_numpy(delta), torch.full((2, 4000), 0.09, dtype=torch.float64))
+    assert float(found[0, 0]) < 0.3 and float(found[1, 0]) > 0.6
 
 
 def test_none_is_zero() -> None:

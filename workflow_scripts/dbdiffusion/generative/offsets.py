@@ -2,9 +2,10 @@
 
 An autoencoder keeps what many cells share. What one perturbation does alone (the knock-down of its own gene, say) is too small a part of
 the likelihood to earn a latent coordinate, so decoded means are attenuated. The loss is measured on the training cells: decoded from their
-own posterior, a perturbation's cells should have its observed mean. The differences delta_kj, shrunk by their noise, are regressed on the
-perturbation embedding; the decoder of a perturbation with condition e adds intercept + e W to its means (gaussian) or log rates (nb). Gene
-features among the conditions have no part in it: places of unmeasured perturbations are averages and keep offsets small, features are not.
+own posterior, a perturbation's cells should have its observed mean. The differences delta_kj, most of them noise and few of them large, are
+shrunk and regressed on the perturbation embedding; the decoder of a perturbation with condition e adds intercept + e W to its means
+(gaussian) or log rates (nb). Gene features among the conditions have no part in it: places of unmeasured perturbations are averages and
+keep offsets small, features are not.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from dbdiffusion.runtime.seeds import derive_seed
 
 RIDGE = 1.0e-3
 """Penalty per perturbation; embeddings have a mean square of 1. Enough to invert, too little to shrink: delta is shrunk already."""
+SCALES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""Standard deviations of what a mean may have lost, in the decoder's units (natural logarithms)."""
+POOLED, ROUNDS, LEAST_SHARE = 50.0, 50, 1e-8
+"""Genes' worth of what all conditions have in common; rounds of EM; shares are not below."""
+ENTRIES = 100_000
+"""About so many entries of the matrix tell what conditions have in common."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +74,37 @@ def residual_means(network: CellVae, data: CellTensors, latents: Latents, seed: 
 
 
 def shrunk(delta: Tensor, variance: Tensor) -> Tensor:
-    """delta x tau^2 / (tau^2 + variance), with tau^2 of each condition (row) by moments, weighted by precision, not below 0."""
-    precision = 1 / variance
-    tau2 = ((precision * (delta.square() - variance)).sum(1, keepdim=True) / precision.sum(1, keepdim=True)).clamp_min(0)
-    return delta * tau2 / (tau2 + variance)
+    """Posterior means of delta (U, G), known up to normal noise of variance (U, G), by adaptive shrinkage.
+
+    Stephens 2017, Biostatistics 18:275. Values are drawn from a mixture of normals around 0 of fixed deviations `SCALES`: of most genes the
+    latent loses nothing, of a few (such as the perturbed one) much. Shares of the mixture are found by EM, in every condition from its genes and `POOLED` more that are shared as all
+    conditions' are: perturbations differ in how many genes they change.
+    """
+    prior = torch.tensor(SCALES, dtype=delta.dtype, device=delta.device).square()
+    entries = torch.arange(0, delta.numel(), max(1, delta.numel() // ENTRIES), device=delta.device)
+    pooled = _shares(_log_likelihoods(delta.flatten()[entries], variance.flatten()[entries], prior), torch.ones_like(prior), 0.0)
+    out = torch.empty_like(delta)
+    for row, own, noise in zip(out, delta, variance, strict=True):
+        density = _log_likelihoods(own, noise, prior)
+        share = (density + _shares(density, pooled, POOLED).log()).softmax(1)
+        row.copy_(own * (share * prior / (prior + noise[:, None])).sum(1))
+    return out
+
+
+def _log_likelihoods(delta: Tensor, variance: Tensor, prior: Tensor) -> Tensor:
+    """(n, components) of values (n,), up to a constant."""
+    total = variance[:, None] + prior
+    return -0.5 * (total.log() + delta.square()[:, None] / total)
+
+
+def _shares(density: Tensor, start: Tensor, weight: float) -> Tensor:
+    """Shares (components,) of a mixture by EM, `weight` values more being shared as `start` is; density: log (n, components)."""
+    start = start / start.sum()
+    share = start
+    for _ in range(ROUNDS):
+        expected = (density + share.log()).softmax(1).sum(0)
+        share = ((expected + weight * start) / (len(density) + weight)).clamp_min(LEAST_SHARE)
+    return share / share.sum()
 
 
 def fit_offsets(network: CellVae, data: CellTensors, latents: Latents, seed: int, placed: int) -> MeanOffsets:
