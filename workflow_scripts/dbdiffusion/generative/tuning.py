@@ -3,10 +3,11 @@
 Each cross-fit model generates the pseudo-targets of its own inner fold from their located places at every strength of a grid, with the
 same random numbers, so that strengths differ by guidance alone. The error of a strength is the squared difference of generated and measured
 effect, averaged over genes and then over pseudo-targets: means are what the inference takes from the generator, and pseudo-targets stand
-where targets stand, so the error tells how far effects of located perturbations may be stretched. The strength for targets is that of the
-smallest error over all models; that for the pseudo-targets of model q is chosen without the errors of model q, so that no pseudo-target's
-own error chooses for it (the other models were trained on its cells: what reaches it by them is one number of a short grid). Guidance
-needs evidence: there is none unless the smallest error is below that of no guidance by two standard errors of their paired difference.
+where targets stand, so the error tells how far effects of located perturbations may be stretched. Guidance stretches effects in
+proportion to its strength, so the error is a parabola of it; the strength is where that of the mean error over all models is smallest, less
+so far as it is uncertain: shrunk towards none by its own standard error. The strength for the pseudo-targets of model q is chosen without
+the errors of model q, so that no pseudo-target's own error chooses for it (the other models were trained on its cells: what reaches it by
+them is one number).
 
 Located embeddings are means over neighbours and shrink effects; a perturbation seen in training has a place of its own, which does so
 less. The strength for seen perturbations is therefore chosen on the strongest of them, by the error to the cells they were learned from.
@@ -29,7 +30,7 @@ STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5)
 CELLS = 100
 """Cells of each pseudo-target and strength: with common random numbers, enough for differences between strengths."""
 EQUAL = 1.0e-3
-"""Relative differences of errors below this are none."""
+"""A relative gain below this is none: guidance takes a second pass of the network at every step."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,24 @@ def write_trial(
 
 
 def best_strength(errors: list[dict[str, list[float]]]) -> float:
-    """The strength of smallest mean error, where it beats no guidance by two standard errors of the paired difference; else 0."""
+    """The strength w of smallest mean error, at most the largest tried, times max(0, 1 - (its standard error / w)^2); 0 where the error
+    gains nothing that matters.
+
+    The standard error is the jackknife's over perturbations.
+    """
     rows = np.array([row for one in errors for row in one.values()])
-    if len(rows) < 2:
+    n = len(rows)
+    if n < 3:
         return 0.0
-    gap = rows - rows[:, :1]
-    mean, error = gap.mean(axis=0), gap.std(axis=0, ddof=1) / np.sqrt(len(gap))
-    best = int(mean.argmin())
-    return STRENGTHS[best] if mean[best] < -2 * error[best] - EQUAL * abs(rows.mean()) else 0.0
+    means = np.vstack([rows.mean(axis=0), (rows.sum(axis=0) - rows) / (n - 1)])
+    parabolas = np.polynomial.polynomial.polyfit(STRENGTHS, means.T, 2)
+    fine = np.linspace(0.0, STRENGTHS[-1], 501)
+    values = np.polynomial.polynomial.polyval(fine, parabolas)
+    whole, *others = fine[values.argmin(axis=1)]
+    if values[0].min() >= values[0, 0] - EQUAL * abs(values[0, 0]):
+        return 0.0
+    variance = (n - 1) * np.var(others)
+    return float(np.round(whole * max(0.0, 1 - variance / whole**2), 4))
 
 
 def write_guidance(trials: list[str | Path], out: str | Path) -> None:
