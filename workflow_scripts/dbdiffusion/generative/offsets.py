@@ -77,8 +77,8 @@ def shrunk(delta: Tensor, variance: Tensor) -> Tensor:
     """Posterior means of delta (U, G), known up to normal noise of variance (U, G), by adaptive shrinkage.
 
     Stephens 2017, Biostatistics 18:275. Values are drawn from a mixture of normals around 0 of fixed deviations `SCALES`: of most genes the
-    latent loses nothing, of a few (such as the perturbed one) much. Shares of the mixture are found by EM, in every condition from its genes and `POOLED` more that are shared as all
-    conditions' are: perturbations differ in how many genes they change.
+    latent loses nothing, of a few (such as the perturbed one) much. Shares of the mixture are found by EM, in every condition from its
+    genes and `POOLED` more that are shared as all conditions' are: perturbations differ in how many genes they change.
     """
     prior = torch.tensor(SCALES, dtype=delta.dtype, device=delta.device).square()
     entries = torch.arange(0, delta.numel(), max(1, delta.numel() // ENTRIES), device=delta.device)
