@@ -6,6 +6,7 @@ import torch
 from scipy.stats import norm
 
 from dbdiffusion.config.generator import VaeConfig
+from dbdiffusion.generative import offsets
 from dbdiffusion.generative.latents import Latents
 from dbdiffusion.generative.offsets import SCALES, MeanOffsets, fit_offsets, residual_means, shrunk
 from dbdiffusion.generative.vae import CellTensors, CellVae
@@ -31,8 +32,8 @@ def blind(toy, likelihood: str) -> tuple[CellVae, CellTensors, Latents]:
 @pytest.mark.parametrize("likelihood", ["gaussian", "nb"])
 def test_offsets_restore_the_means_of_a_blind_decoder(toy, likelihood: str) -> None:
     network, data, latents = blind(toy, likelihood)
-    offsets = fit_offsets(network, data, latents, 0, latents.conditions.shape[1])(latents.conditions).numpy()
-    effect = offsets - offsets[:1]
+    found = fit_offsets(network, data, latents, 0, latents.conditions.shape[1])(latents.conditions).numpy()
+    effect = found - found[:1]
     if likelihood == "nb":
         # Simulated at +1 and -1 in the first five genes.
         np.testing.assert_allclose(effect[1, :5], 1.0, atol=0.3)
@@ -84,8 +85,11 @@ def test_shrinkage_removes_noise_and_spares_signal() -> None:
     assert float((kept * signal).sum() / signal.square().sum()) > 0.95
 
 
-def test_shrinkage_is_the_posterior_mean_under_the_prior_it_finds() -> None:
-    """Values drawn from the mixture itself: shrunk as by those who know its shares, which one normal is far from."""
+@pytest.mark.parametrize("entries", [offsets.ENTRIES, 3000])
+def test_shrinkage_is_the_posterior_mean_under_the_prior_it_finds(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values drawn from the mixture itself: shrunk as by those who know its shares, which one normal is far from; some of the entries
+    tell what conditions have in common as all do."""
+    monkeypatch.setattr(offsets, "ENTRIES", entries)
     random, sd = np.random.default_rng(1), 0.3
     shares = np.array([0.9, 0, 0, 0, 0, 0.1, 0, 0])
     truth = np.where(random.random((4, 4000)) < shares[0], 0.0, random.normal(0, SCALES[5], (4, 4000)))

@@ -26,7 +26,7 @@ SCALES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 POOLED, ROUNDS, LEAST_SHARE = 50.0, 50, 1e-8
 """Genes' worth of what all conditions have in common; rounds of EM; shares are not below."""
 ENTRIES = 100_000
-"""About so many entries of the matrix tell what conditions have in common."""
+"""So many entries of the matrix, at most, tell what conditions have in common."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,11 @@ def shrunk(delta: Tensor, variance: Tensor) -> Tensor:
     genes and `POOLED` more that are shared as all conditions' are: perturbations differ in how many genes they change.
     """
     prior = torch.tensor(SCALES, dtype=delta.dtype, device=delta.device).square()
-    entries = torch.arange(0, delta.numel(), max(1, delta.numel() // ENTRIES), device=delta.device)
-    pooled = _shares(_log_likelihoods(delta.flatten()[entries], variance.flatten()[entries], prior), torch.ones_like(prior), 0.0)
+    values, noises = delta.flatten(), variance.flatten()
+    if len(values) > ENTRIES:
+        some = torch.randint(len(values), (ENTRIES,), generator=torch.Generator().manual_seed(0)).to(delta.device)
+        values, noises = values[some], noises[some]
+    pooled = _shares(_log_likelihoods(values, noises, prior), torch.ones_like(prior), 0.0)
     out = torch.empty_like(delta)
     for row, own, noise in zip(out, delta, variance, strict=True):
         density = _log_likelihoods(own, noise, prior)
