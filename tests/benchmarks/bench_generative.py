@@ -264,8 +264,7 @@ class Judge:
         """Slope and correlation of generated on true effects, and the two-sample scores."""
         if guidance == "tuned":
             tried = known.take([CONTROL, *(self.names[row] for row in self.strongest)])
-            errors = trial_errors(generator, tried, self.effects()).tolist()
-            guidance = best_strength([dict(zip(tried.names[1:], errors, strict=True))])
+            guidance = best_strength(trial_errors(generator, tried, self.effects()))
         drawn, generated = self.draw(generator, known.values, guidance)
         # Held-out effects as the instrument of those of the training cells: the noise of neither attenuates the slope.
         slope = distribution.effect_slope(generated, observed=self.real, replicate=self.observed).mean()

@@ -188,7 +188,7 @@ def test_tuned_rows_are_those_of_their_strength(screen, models: list[dict[str, P
     assert 0 < len(trial.seen) <= 6 and not set(trial.seen) & set(trial.pseudo)
     error = np.array([*trial.pseudo.values(), *trial.seen.values()])
     assert error.shape[1] == len(STRENGTHS) and (np.ptp(error, axis=1) > 1e-6).all()
-    write_json(tmp_path / "guidance.json", {"targets": 0.0, "models": {"0": 0.75}, "seen": 0.0})
+    write_json(tmp_path / "guidance.json", {"targets": 0.0, "pseudo": dict.fromkeys(trial.pseudo, 0.75), "seen": 0.0})
     made = {}
     for name, guidance in (("tuned", "tuned"), ("fixed", 0.75), ("plain", 0.0)):
         config = screen.generation.model_copy(update={"guidance": guidance})
@@ -196,7 +196,7 @@ def test_tuned_rows_are_those_of_their_strength(screen, models: list[dict[str, P
         write_generated(**model, **paths, config=config, guidance=tmp_path / "guidance.json")
         made[name] = MeanSet.read(paths["means"])
     plain, tuned, fixed = made["plain"], made["tuned"], made["fixed"]
-    pseudo, control = tuned.roles == "pseudo", tuned.roles == "control"
+    pseudo, control = tuned.perturbations.isin(list(trial.pseudo)), tuned.roles == "control"
     np.testing.assert_allclose(tuned.mean[pseudo], fixed.mean[pseudo], rtol=1e-5)
     np.testing.assert_allclose(tuned.mean[~pseudo], plain.mean[~pseudo], rtol=1e-5)
     np.testing.assert_allclose(fixed.mean[control], plain.mean[control], rtol=1e-5)

@@ -164,22 +164,23 @@ def rows_to_generate(known: Conditions, effects: EffectSet, crossfit: str) -> li
     return sorted([*unseen, *seen])
 
 
-def strengths(roles: np.ndarray, config: GenerationConfig, crossfit: str, guidance: str | Path | None) -> np.ndarray:
-    """(R,) guidance of rows by role: as configured, or as tuned (pseudo-targets without their own model's errors). The control is never
-    guided: effects are differences to cells as they are.
+def strengths(known: Conditions, config: GenerationConfig, guidance: str | Path | None) -> np.ndarray:
+    """(R,) guidance of rows by role: as configured, or as tuned (each pseudo-target without its own error). The control is never guided:
+    effects are differences to cells as they are.
 
     Raises UserError when guidance is to be tuned and no file of tuned strengths is given.
     """
     if config.guidance != "tuned":
-        return np.where(roles == "control", 0.0, config.guidance)
+        return np.where(known.roles == "control", 0.0, config.guidance)
     if guidance is None:
         raise UserError(
             "no tuned strengths were given", where="config key generation.guidance", fix="name a number, or run rule tune_guidance"
         )
     tuned = read_json(guidance)
-    return np.select(
-        [roles == "control", roles == "pseudo", roles == "train"], [0.0, tuned["models"][crossfit], tuned["seen"]], tuned["targets"]
-    )
+    of_role = {"control": 0.0, "train": tuned["seen"]}
+    # A pseudo-target too small to have an effect of its own has no error to leave out.
+    named = zip(known.names, known.roles, strict=True)
+    return np.array([of_role.get(role, tuned["pseudo"].get(name, tuned["targets"])) for name, role in named])
 
 
 def write_generated(
@@ -207,7 +208,7 @@ def write_generated(
     generator = load_generator(vae, vae_record, diffusion, diffusion_record, config, device, seed, panel.genes)
     known = Conditions.read(embedding, trained_as(diffusion_record))
     known = known.take(rows_to_generate(known, panel, about["crossfit"]))
-    strength = strengths(known.roles, config, about["crossfit"], guidance)
+    strength = strengths(known, config, guidance)
     kept, mean, variance = [], [], []
     with Progress(len(known.names), "generate") as progress:
         for sample in generator.sampled(known.values, strength):

@@ -5,9 +5,9 @@ same random numbers, so that strengths differ by guidance alone. The error of a 
 effect, averaged over genes and then over pseudo-targets: means are what the inference takes from the generator, and pseudo-targets stand
 where targets stand, so the error tells how far effects of located perturbations may be stretched. Guidance stretches effects in
 proportion to its strength, so the error is a parabola of it; the strength is where that of the mean error over all models is smallest, less
-so far as it is uncertain: shrunk towards none by its own standard error. The strength for the pseudo-targets of model q is chosen without
-the errors of model q, so that no pseudo-target's own error chooses for it (the other models were trained on its cells: what reaches it by
-them is one number).
+so far as it is uncertain: shrunk towards none by its own standard error. The strength for a pseudo-target is chosen by all but its own
+error: by nearly the same errors as that for targets, for it is to stand where they do (other models were trained on its cells: what reaches
+it by them is one number).
 
 Located embeddings are means over neighbours and shrink effects; a perturbation seen in training has a place of its own, which does so
 less. The strength for seen perturbations is therefore chosen on the strongest of them, by the error to the cells they were learned from.
@@ -92,17 +92,16 @@ def write_trial(
     Trial(crossfit, of_role["pseudo"], of_role["train"]).write(out)
 
 
-def best_strength(errors: list[dict[str, list[float]]]) -> float:
+def best_strength(errors: np.ndarray) -> float:
     """The strength w of smallest mean error, at most the largest tried, times max(0, 1 - (its standard error / w)^2); 0 where the error
-    gains nothing that matters.
+    gains nothing that matters. errors: (P, S).
 
     The standard error is the jackknife's over perturbations.
     """
-    rows = np.array([row for one in errors for row in one.values()])
-    n = len(rows)
+    n = len(errors)
     if n < 3:
         return 0.0
-    means = np.vstack([rows.mean(axis=0), (rows.sum(axis=0) - rows) / (n - 1)])
+    means = np.vstack([errors.mean(axis=0), (errors.sum(axis=0) - errors) / (n - 1)])
     parabolas = np.polynomial.polynomial.polyfit(STRENGTHS, means.T, 2)
     fine = np.linspace(0.0, STRENGTHS[-1], 501)
     values = np.polynomial.polynomial.polyval(fine, parabolas)
@@ -116,18 +115,19 @@ def best_strength(errors: list[dict[str, list[float]]]) -> float:
 def write_guidance(trials: list[str | Path], out: str | Path) -> None:
     """Choose the strengths of a fold from the trials of all its models.
 
-    JSON: `targets`, the strength of targets; `models`, by cross-fit model that of its pseudo-targets; `seen`, that of seen perturbations;
+    JSON: `targets`, the strength of targets; `pseudo`, by name that of each pseudo-target; `seen`, that of seen perturbations;
     strengths with their mean error on pseudo-targets and the standard error of its paired difference to no guidance.
     """
     read = [Trial.read(path) for path in trials]
+    names = np.array([name for trial in read for name in trial.pseudo], dtype=object)
     errors = np.array([row for trial in read for row in trial.pseudo.values()]).reshape(-1, len(STRENGTHS))
     gap = errors - errors[:, :1]
     write_json(
         out,
         {
-            "targets": best_strength([one.pseudo for one in read]),
-            "models": {one.crossfit: best_strength([other.pseudo for other in read if other is not one]) for one in read},
-            "seen": best_strength([one.seen for one in read]),
+            "targets": best_strength(errors),
+            "pseudo": {name: best_strength(errors[names != name]) for name in names},
+            "seen": best_strength(np.array([row for one in read for row in one.seen.values()])),
             "strengths": list(STRENGTHS),
             "pseudo_targets": len(errors),
             "error": errors.mean(axis=0).tolist() if len(errors) else [],
