@@ -31,6 +31,9 @@ def test_smallest_mean_error_wins() -> None:
     assert best_strength(errors(0.3)) == 0.3
     # Between the strengths tried, but not beyond.
     assert best_strength(errors(0.17)) == 0.17 and best_strength(errors(0.8)) == STRENGTHS[-1] and best_strength(errors(-0.2)) == 0.0
+    # Errors that bend down are smallest at an end.
+    bent = -np.square(np.tile(STRENGTHS, (3, 1)))
+    assert best_strength(bent) == STRENGTHS[-1] and best_strength(bent + np.array(STRENGTHS)) == 0.0
     # 3 that want 0 and 30 that want 0.5.
     expected = 0.5 * 30 / 33
     assert 0.9 * expected < best_strength(np.vstack([errors(0.0, 3), errors(0.5, 30)])) < expected

@@ -102,11 +102,12 @@ def best_strength(errors: np.ndarray) -> float:
     if n < 3:
         return 0.0
     means = np.vstack([errors.mean(axis=0), (errors.sum(axis=0) - errors) / (n - 1)])
-    parabolas = np.polynomial.polynomial.polyfit(STRENGTHS, means.T, 2)
-    fine = np.linspace(0.0, STRENGTHS[-1], 501)
-    values = np.polynomial.polynomial.polyval(fine, parabolas)
-    whole, *others = fine[values.argmin(axis=1)]
-    if values[0].min() >= values[0, 0] - EQUAL * abs(values[0, 0]):
+    level, slope, bend = np.polynomial.polynomial.polyfit(STRENGTHS, means.T, 2)
+    top = STRENGTHS[-1]
+    # One that bends down is smallest at an end.
+    vertex = np.where(bend > 0, -slope / np.where(bend > 0, 2 * bend, 1.0), np.where(slope + bend * top < 0, top, 0.0))
+    whole, *others = np.round(np.clip(vertex, 0.0, top), 3)
+    if -(slope[0] + bend[0] * whole) * whole <= EQUAL * abs(level[0]):
         return 0.0
     variance = (n - 1) * np.var(others)
     return float(np.round(whole * max(0.0, 1 - variance / whole**2), 4))
