@@ -102,6 +102,39 @@ def test_shrinkage_is_the_posterior_mean_under_the_prior_it_finds(entries: int, 
     assert np.square(found - truth).mean() < 0.7 * np.square(delta * tau2 / (tau2 + sd**2) - truth).mean()
 
 
+def counts(expected: float, changed: float, random: np.random.Generator) -> tuple[float, float, float]:
+    """Squared errors of nothing, of shrinkage by the deviance, and by the usual variance: Poisson counts, 2 % of the genes changed."""
+    truth = np.where(random.random((20, 1000)) < 0.02, changed, 0.0)
+    observed = torch.from_numpy(random.poisson(expected * np.exp(truth)) + 0.5)
+    many = torch.full(observed.shape, 1e9, dtype=torch.float64)
+    delta, variance = offsets._log_ratio(observed, torch.full(observed.shape, expected + 0.5, dtype=torch.float64), many)
+    usual = torch.full(observed.shape, 1 / expected, dtype=torch.float64)
+    found = np.zeros_like(truth), shrunk(delta, variance).numpy(), shrunk(delta, usual).numpy()
+    return tuple(float(np.square(x - truth).mean()) for x in found)
+
+
+@pytest.mark.parametrize("expected", [1.0, 3.0, 10.0, 50.0])
+def test_few_counts_are_not_taken_for_losses(expected: float) -> None:
+    random = np.random.default_rng(4)
+    found = np.array([counts(expected, changed, random) for changed in (0.0, -1.5, 1.0)])
+    nothing, ours, usual = found.T
+    assert ours[0] < 1e-3 and (ours[1:] < nothing[1:]).all()
+    assert ours.sum() < usual.sum()
+
+
+@pytest.mark.parametrize("r", [5.0, 1e6])
+def test_a_log_ratio_in_deviations_is_the_root_of_the_deviance(r: float) -> None:
+    observed, expected = np.array([0.5, 4.0, 7.0001, 60.0]), np.array([3.5, 4.5, 7.0, 20.0])
+    delta, variance = offsets._log_ratio(*(torch.from_numpy(x) for x in (observed, expected, np.full(4, r))))
+
+    def log_likelihood(mean: np.ndarray) -> np.ndarray:
+        return observed * np.log(mean / (mean + r)) - r * np.log1p(mean / r)
+
+    deviance = 2 * (log_likelihood(observed) - log_likelihood(expected))
+    np.testing.assert_allclose(np.square(delta) / variance, deviance, rtol=1e-4)
+    np.testing.assert_allclose(delta, np.log(observed / expected))
+
+
 def test_every_condition_has_a_mixture_of_its_own() -> None:
     """The same value is believed where many genes have changed and not where none has."""
     random = np.random.default_rng(2)

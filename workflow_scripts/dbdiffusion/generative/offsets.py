@@ -21,10 +21,16 @@ from dbdiffusion.runtime.seeds import derive_seed
 
 RIDGE = 1.0e-3
 """Penalty per perturbation; embeddings have a mean square of 1. Enough to invert, too little to shrink: delta is shrunk already."""
+ALIKE = 1.0e-3
+"""Log ratios below this have the deviance's limit, whose rounding they would divide by."""
 SCALES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Standard deviations of what a mean may have lost, in the decoder's units (natural logarithms)."""
-POOLED, ROUNDS, LEAST_SHARE = 50.0, 50, 1e-8
-"""Genes' worth of what all conditions have in common; rounds of EM; shares are not below."""
+POOLED = 50.0
+"""What all conditions have in common counts as so many genes of a condition's own."""
+ROUNDS = 200
+"""Of EM."""
+LEAST_SHARE = 1e-8
+"""No component's share falls below, lest none explain a value."""
 ENTRIES = 100_000
 """So many entries of the matrix, at most, tell what conditions have in common."""
 
@@ -50,8 +56,7 @@ class MeanOffsets:
 def residual_means(network: CellVae, data: CellTensors, latents: Latents, seed: int, chunk: int = 4096) -> tuple[Tensor, Tensor]:
     """delta (U, G) of each condition and its sampling variance (U, G), from all training cells and one draw of each posterior.
 
-    nb: ln((observed + 1/2) / (expected + 1/2)) of total counts, variance 1 / expected + 1 / (r n);
-    gaussian: observed - decoded mean, variance v / n.
+    nb: ln((observed + 1/2) / (expected + 1/2)) of total counts, `deviance_variance`; gaussian: observed - decoded mean, variance v / n.
     """
     groups, device = len(latents.conditions), latents.mean.device
     observed = torch.zeros(groups, network.genes, dtype=torch.float64, device=device)
@@ -68,9 +73,20 @@ def residual_means(network: CellVae, data: CellTensors, latents: Latents, seed: 
         n.index_add_(0, label, torch.ones(len(rows), 1, dtype=torch.float64, device=device))
     n = n.clamp_min(1)
     if network.counts:
-        variance = 1 / expected.clamp_min(0.5) + torch.exp(-network.log_r.double()) / n
-        return torch.log((observed + 0.5) / (expected + 0.5)), variance
+        return _log_ratio(observed + 0.5, expected + 0.5, torch.exp(network.log_r.double()) * n)
     return (observed - expected) / n, (network.spread.double().exp() / n).expand_as(observed)
+
+
+def _log_ratio(observed: Tensor, expected: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """ln(observed / expected) of negative binomial counts with shape r, and its variance: the square over the deviance.
+
+    So the value in standard deviations is the signed root of the deviance, which is near a standard normal where no count has changed, few
+    counts too. The usual 1 / expected + 1 / r, its limit without a difference, takes three counts of which none came for a rare event.
+    """
+    delta = torch.log(observed / expected)
+    deviance = 2 * (observed * delta - (observed + r) * torch.log((observed + r) / (expected + r)))
+    alike = delta.abs() < ALIKE
+    return delta, torch.where(alike, 1 / expected + 1 / r, delta.square() / torch.where(alike, 1.0, deviance))
 
 
 def shrunk(delta: Tensor, variance: Tensor) -> Tensor:
@@ -85,28 +101,28 @@ def shrunk(delta: Tensor, variance: Tensor) -> Tensor:
     if len(values) > ENTRIES:
         some = torch.randint(len(values), (ENTRIES,), generator=torch.Generator().manual_seed(0)).to(delta.device)
         values, noises = values[some], noises[some]
-    pooled = _shares(_log_likelihoods(values, noises, prior), torch.ones_like(prior), 0.0)
+    pooled = _shares(_likelihoods(values, noises, prior), torch.full_like(prior, 1 / len(prior)), 0.0)
     out = torch.empty_like(delta)
     for row, own, noise in zip(out, delta, variance, strict=True):
-        density = _log_likelihoods(own, noise, prior)
-        share = (density + _shares(density, pooled, POOLED).log()).softmax(1)
-        row.copy_(own * (share * prior / (prior + noise[:, None])).sum(1))
+        likelihoods = _likelihoods(own, noise, prior)
+        joint = likelihoods * _shares(likelihoods, pooled, POOLED)
+        row.copy_(own * (joint * prior / (prior + noise[:, None])).sum(1) / joint.sum(1))
     return out
 
 
-def _log_likelihoods(delta: Tensor, variance: Tensor, prior: Tensor) -> Tensor:
-    """(n, components) of values (n,), up to a constant."""
+def _likelihoods(delta: Tensor, variance: Tensor, prior: Tensor) -> Tensor:
+    """(n, components) of values (n,), each relative to that of the likeliest component."""
     total = variance[:, None] + prior
-    return -0.5 * (total.log() + delta.square()[:, None] / total)
+    log = -0.5 * (total.log() + delta.square()[:, None] / total)
+    return torch.exp(log - log.amax(1, keepdim=True))
 
 
-def _shares(density: Tensor, start: Tensor, weight: float) -> Tensor:
-    """Shares (components,) of a mixture by EM, `weight` values more being shared as `start` is; density: log (n, components)."""
-    start = start / start.sum()
+def _shares(likelihoods: Tensor, start: Tensor, weight: float) -> Tensor:
+    """Shares (components,) of a mixture by EM, `weight` values more being shared as `start` is; likelihoods: (n, components)."""
     share = start
     for _ in range(ROUNDS):
-        expected = (density + share.log()).softmax(1).sum(0)
-        share = ((expected + weight * start) / (len(density) + weight)).clamp_min(LEAST_SHARE)
+        expected = share * (likelihoods.T @ (likelihoods @ share).reciprocal())
+        share = ((expected + weight * start) / (len(likelihoods) + weight)).clamp_min(LEAST_SHARE)
     return share / share.sum()
 
 
