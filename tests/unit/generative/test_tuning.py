@@ -42,19 +42,20 @@ def test_smallest_mean_error_wins() -> None:
     assert best_strength(errors(0.3, 2)) == best_strength(errors(0.3, 0)) == 0.0
 
 
-def test_shrinkage_is_by_the_jackknife() -> None:
+@pytest.mark.parametrize(("best", "sd", "n"), [(0.25, 0.3, 12), (0.1, 0.9, 1500), (0.8, 0.6, 6)])
+def test_shrinkage_is_by_the_jackknife(best: float, sd: float, n: int) -> None:
     """Against the textbook: parabola by its normal equations, every perturbation left out once."""
-    rows = spread(0.25, 0.3, 12, np.random.default_rng(3))
+    rows = spread(best, sd, n, np.random.default_rng(3))
     design = np.vander(STRENGTHS, 3)
 
     def vertex(some: np.ndarray) -> float:
         a, b, _ = np.linalg.solve(design.T @ design, design.T @ some.mean(axis=0))
-        return float(np.clip(-b / (2 * a), 0, STRENGTHS[-1]))
+        return float(-b / (2 * a))
 
-    others = np.array([vertex(np.delete(rows, i, axis=0)) for i in range(12)])
-    whole, variance = vertex(rows), 11 / 12 * np.square(others - others.mean()).sum()
-    assert 0.5 < 1 - variance / whole**2 < 0.95
-    assert best_strength(rows) == pytest.approx(whole * (1 - variance / whole**2), abs=1e-3)
+    others = np.array([vertex(np.delete(rows, i, axis=0)) for i in range(n)])
+    whole, variance = vertex(rows), (n - 1) / n * np.square(others - others.mean()).sum()
+    assert 0.3 < 1 - variance / whole**2 < 0.97
+    assert best_strength(rows) == pytest.approx(min(STRENGTHS[-1], whole * (1 - variance / whole**2)), abs=1e-4)
 
 
 def test_guidance_is_shrunk_so_far_as_it_is_uncertain() -> None:
@@ -78,7 +79,7 @@ def test_its_own_error_does_not_choose_for_a_pseudo_target(tmp_path: Path) -> No
 
     def chosen() -> dict:
         for q, (file, rows) in enumerate(zip(files, np.split(np.arange(14), [4, 9]), strict=True)):
-            Trial(str(q), {f"P{i}": own[i].tolist() for i in rows}, {f"S{q}": seen[q].tolist()}).write(file)
+            Trial({f"P{i}": own[i].tolist() for i in rows}, {f"S{q}": seen[q].tolist()}).write(file)
         write_guidance(files, tmp_path / "guidance.json")
         return read_json(tmp_path / "guidance.json")
 
@@ -90,6 +91,23 @@ def test_its_own_error_does_not_choose_for_a_pseudo_target(tmp_path: Path) -> No
     after = chosen()
     assert after["pseudo"]["P5"] == before["pseudo"]["P5"]
     assert all(after[key] != before[key] for key in ("targets", "error")) and after["pseudo"]["P6"] != before["pseudo"]["P6"]
+
+
+def test_a_perturbation_counts_once_however_many_models_have_seen_it(tmp_path: Path) -> None:
+    seen = spread(0.2, 0.2, 6, np.random.default_rng(5))
+    for q in range(3):  # The first four in all models, another draw of Monte-Carlo error in each.
+        Trial({}, {f"S{i}": (seen[i] + 0.01 * (q - 1)).tolist() for i in (0, 1, 2, 3, *(4, 5)[:q])}).write(tmp_path / f"{q}.json")
+    write_guidance([tmp_path / f"{q}.json" for q in range(3)], tmp_path / "guidance.json")
+    once = np.vstack([seen[:4], seen[4] + 0.005, seen[5] + 0.01])
+    assert 0 < read_json(tmp_path / "guidance.json")["seen"] == best_strength(once) < best_strength(np.vstack([seen] * 3))
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_targets_are_guided_where_pseudo_targets_can_be(n: int, tmp_path: Path) -> None:
+    Trial({f"P{i}": row for i, row in enumerate(errors(0.3, n).tolist())}, {}).write(tmp_path / "0.json")
+    write_guidance([tmp_path / "0.json"], tmp_path / "guidance.json")
+    chosen = read_json(tmp_path / "guidance.json")
+    assert {chosen["targets"], *chosen["pseudo"].values()} == {0.3 if n > 3 else 0.0}
 
 
 def test_strengths_follow_roles(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ Each cross-fit model generates the pseudo-targets of its own inner fold from the
 same random numbers, so that strengths differ by guidance alone. The error of a strength is the squared difference of generated and measured
 effect, averaged over genes and then over pseudo-targets: means are what the inference takes from the generator, and pseudo-targets stand
 where targets stand, so the error tells how far effects of located perturbations may be stretched. Guidance stretches effects in
-proportion to its strength, so the error is a parabola of it; the strength is where that of the mean error over all models is smallest, less
-so far as it is uncertain: shrunk towards none by its own standard error. The strength for a pseudo-target is chosen by all but its own
+proportion to its strength, so the error is a parabola of it. The strength is where the parabola of the mean error over all models is
+smallest, shrunk towards none the more, the larger its standard error. The strength for a pseudo-target is chosen by all but its own
 error: by nearly the same errors as that for targets, for it is to stand where they do (other models were trained on its cells: what reaches
 it by them is one number).
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 from dbdiffusion.config.generator import GenerationConfig
 from dbdiffusion.data.sets import CONTROL, EffectSet
@@ -29,6 +30,8 @@ from dbdiffusion.runtime.files import read_json, write_json
 STRENGTHS = (0.0, 0.1, 0.2, 0.3, 0.5)
 CELLS = 100
 """Cells of each pseudo-target and strength: with common random numbers, enough for differences between strengths."""
+FEWEST = 3
+"""Perturbations that tell a strength."""
 EQUAL = 1.0e-3
 """A relative gain below this is none: guidance takes a second pass of the network at every step."""
 
@@ -37,17 +40,16 @@ EQUAL = 1.0e-3
 class Trial:
     """Errors of the perturbations of one cross-fit model at the strengths (S,): pseudo (P, S), seen (T, S)."""
 
-    crossfit: str
     pseudo: dict[str, list[float]]
     seen: dict[str, list[float]]
 
     def write(self, path: str | Path) -> None:
-        write_json(path, {"crossfit": self.crossfit, "strengths": list(STRENGTHS), "pseudo": self.pseudo, "seen": self.seen})
+        write_json(path, {"strengths": list(STRENGTHS), "pseudo": self.pseudo, "seen": self.seen})
 
     @classmethod
     def read(cls, path: str | Path) -> Trial:
         stored = read_json(path)
-        return cls(stored["crossfit"], stored["pseudo"], stored["seen"])
+        return cls(stored["pseudo"], stored["seen"])
 
 
 def trial_errors(generator: Generator, known: Conditions, effects: EffectSet) -> np.ndarray:
@@ -89,28 +91,33 @@ def write_trial(
     made = made.select(("pseudo", "train", "control"))
     errors = dict(zip(made.names[made.roles != "control"], trial_errors(generator, made, measured_effects).tolist(), strict=True))
     of_role = {role: {str(name): errors[name] for name in made.select((role,)).names} for role in ("pseudo", "train")}
-    Trial(crossfit, of_role["pseudo"], of_role["train"]).write(out)
+    Trial(of_role["pseudo"], of_role["train"]).write(out)
 
 
 def best_strength(errors: np.ndarray) -> float:
-    """The strength w of smallest mean error, at most the largest tried, times max(0, 1 - (its standard error / w)^2); 0 where the error
-    gains nothing that matters. errors: (P, S).
+    """The strength w of smallest mean error times max(0, 1 - (its standard error / w)^2), at most the largest tried; 0 where the error
+    gains nothing that matters, or of fewer than FEWEST rows. errors: (P, S).
 
     The standard error is the jackknife's over perturbations.
     """
-    n = len(errors)
-    if n < 3:
+    n, top = len(errors), STRENGTHS[-1]
+    if n < FEWEST:
         return 0.0
     means = np.vstack([errors.mean(axis=0), (errors.sum(axis=0) - errors) / (n - 1)])
     level, slope, bend = np.polynomial.polynomial.polyfit(STRENGTHS, means.T, 2)
-    top = STRENGTHS[-1]
     # One that bends down is smallest at an end.
-    vertex = np.where(bend > 0, -slope / np.where(bend > 0, 2 * bend, 1.0), np.where(slope + bend * top < 0, top, 0.0))
-    whole, *others = np.round(np.clip(vertex, 0.0, top), 3)
-    if -(slope[0] + bend[0] * whole) * whole <= EQUAL * abs(level[0]):
+    whole, *others = np.where(bend > 0, -slope / np.where(bend > 0, 2 * bend, 1.0), np.where(slope + bend * top < 0, top, 0.0))
+    if whole <= 0:
         return 0.0
-    variance = (n - 1) * np.var(others)
-    return float(np.round(whole * max(0.0, 1 - variance / whole**2), 4))
+    strength = min(top, whole * max(0.0, 1 - (n - 1) * np.var(others) / whole**2))
+    gain = -(slope[0] + bend[0] * strength) * strength
+    return float(np.round(strength, 4)) if gain > EQUAL * abs(level[0]) else 0.0
+
+
+def _mean_errors(of_trials: list[dict[str, list[float]]]) -> pd.DataFrame:
+    """Errors (P, S) by perturbation, the mean over the trials that it stands in: those strongest of the seen ones stand in several."""
+    frames = [pd.DataFrame.from_dict(one, orient="index", columns=STRENGTHS, dtype=float) for one in of_trials]
+    return pd.concat(frames).groupby(level=0).mean()
 
 
 def write_guidance(trials: list[str | Path], out: str | Path) -> None:
@@ -120,15 +127,17 @@ def write_guidance(trials: list[str | Path], out: str | Path) -> None:
     strengths with their mean error on pseudo-targets and the standard error of its paired difference to no guidance.
     """
     read = [Trial.read(path) for path in trials]
-    names = np.array([name for trial in read for name in trial.pseudo], dtype=object)
-    errors = np.array([row for trial in read for row in trial.pseudo.values()]).reshape(-1, len(STRENGTHS))
+    pseudo, seen = (_mean_errors([getattr(one, role) for one in read]) for role in ("pseudo", "seen"))
+    errors = pseudo.to_numpy()
     gap = errors - errors[:, :1]
+    # Where those for targets were enough but those for each pseudo-target are not, neither is guided.
+    enough = len(errors) > FEWEST
     write_json(
         out,
         {
-            "targets": best_strength(errors),
-            "pseudo": {name: best_strength(errors[names != name]) for name in names},
-            "seen": best_strength(np.array([row for one in read for row in one.seen.values()])),
+            "targets": best_strength(errors) if enough else 0.0,
+            "pseudo": {name: best_strength(np.delete(errors, i, axis=0)) for i, name in enumerate(pseudo.index)},
+            "seen": best_strength(seen.to_numpy()),
             "strengths": list(STRENGTHS),
             "pseudo_targets": len(errors),
             "error": errors.mean(axis=0).tolist() if len(errors) else [],
