@@ -116,8 +116,8 @@ class GenerationConfig(Block):
     """Denoising steps."""
     guidance: Literal["tuned"] | float = "tuned"
     """Strength w of classifier-free guidance: (1 + w) conditional - w null, which stretches effects. tuned: the strength of the smallest
-    error of pseudo-targets' effects in the fold (chosen for each of these without its own), shrunk towards none so far as
-    it is uncertain. 0: none."""
+    error of pseudo-targets' effects in the fold (for each pseudo-target without its own error), shrunk towards none by its uncertainty.
+    0: none."""
     cells: int = Field(500, ge=10)
     """Cells generated per perturbation and cross-fit model."""
     cells_kept: int = Field(200, ge=1)
