@@ -56,7 +56,7 @@ class MeanOffsets:
 def residual_means(network: CellVae, data: CellTensors, latents: Latents, seed: int, chunk: int = 4096) -> tuple[Tensor, Tensor]:
     """delta (U, G) of each condition and its sampling variance (U, G), from all training cells and one draw of each posterior.
 
-    nb: ln((observed + 1/2) / (expected + 1/2)) of total counts, `deviance_variance`; gaussian: observed - decoded mean, variance v / n.
+    nb: ln((observed + 1/2) / (expected + 1/2)) of total counts, see `_log_ratio`; gaussian: observed - decoded mean, variance v / n.
     """
     groups, device = len(latents.conditions), latents.mean.device
     observed = torch.zeros(groups, network.genes, dtype=torch.float64, device=device)
@@ -84,7 +84,7 @@ def _log_ratio(observed: Tensor, expected: Tensor, r: Tensor) -> tuple[Tensor, T
     counts too. The usual 1 / expected + 1 / r, its limit without a difference, takes three counts of which none came for a rare event.
     """
     delta = torch.log(observed / expected)
-    deviance = 2 * (observed * delta - (observed + r) * torch.log((observed + r) / (expected + r)))
+    deviance = 2 * (observed * delta - (observed + r) * torch.log1p((observed - expected) / (expected + r)))
     alike = delta.abs() < ALIKE
     return delta, torch.where(alike, 1 / expected + 1 / r, delta.square() / torch.where(alike, 1.0, deviance))
 

@@ -130,7 +130,7 @@ def write_guidance(trials: list[str | Path], out: str | Path) -> None:
     pseudo, seen = (_mean_errors([getattr(one, role) for one in read]) for role in ("pseudo", "seen"))
     errors = pseudo.to_numpy()
     gap = errors - errors[:, :1]
-    # Where those for targets were enough but those for each pseudo-target are not, neither is guided.
+    # Enough without any one of them too: pseudo-targets are to be guided where targets are.
     enough = len(errors) > FEWEST
     write_json(
         out,
